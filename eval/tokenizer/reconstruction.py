@@ -79,7 +79,7 @@ def _pack(codes: np.ndarray, codebook_size: int) -> str:
     return base64.b64encode(codes.astype(_dtype(codebook_size)).tobytes()).decode()
 
 
-def _unpack(text: str, sub_codebooks: int, codebook_size: int) -> np.ndarray:
+def unpack_codes(text: str, sub_codebooks: int, codebook_size: int) -> np.ndarray:
     """The inverse of `_pack`: base64 text -> (N, K) codes."""
     return np.frombuffer(base64.b64decode(text), _dtype(codebook_size)).reshape(-1, sub_codebooks)
 
@@ -202,7 +202,7 @@ def _add_usage(
     counter = image_quality.CodebookUsage(k, sizes)
     for start in range(0, len(good), SCORING_BATCH):
         batch = good[start : start + SCORING_BATCH]
-        counter.add(np.concatenate([_unpack(records[s.index]["codes"], k, v) for s in batch]))
+        counter.add(np.concatenate([unpack_codes(records[s.index]["codes"], k, v) for s in batch]))
     usage, perplexity = counter.usage(), counter.perplexity()
     details |= {
         "codebook_size": v,

@@ -1,9 +1,10 @@
-"""`unitok study CONFIG`: train and measure every row of a study, then write its table and page."""
+"""`unitok study CONFIG`: train and measure every row of a study, then write its tables and page."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
@@ -12,50 +13,100 @@ from open_unitok.core.files import write_atomic
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and which of its rows."""
-    parser.add_argument("config", help="YAML of the study, e.g. configs/study/tokenizers.yaml")
+    parser.add_argument(
+        "configs", nargs="+", metavar="CONFIG", help="YAML of a study, e.g. configs/study/tokenizers.yaml"
+    )
     parser.add_argument("--only", nargs="+", metavar="ROW", help="run these rows only")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run these seeds only")
     parser.add_argument("--part", type=int, metavar="N", help="run one part of the plan, from 1")
     parser.add_argument("--workers", type=int, help="rows at a time (default: one per core)")
     parser.add_argument("--plan", action="store_true", help="print parts and minutes, and run nothing")
-    parser.add_argument("--table", action="store_true", help="write table and page of the finished rows only")
+    parser.add_argument(
+        "--table", action="store_true", help="write tables and page of the finished rows only"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the unfinished rows, then write OUT/table.md, table.csv and index.html."""
-    from open_unitok.study.config import load_study, study_jobs
-    from open_unitok.study.page import study_page
-    from open_unitok.study.run import is_finished, part_minutes, plan_parts, run_jobs
-    from open_unitok.study.table import csv_table, markdown_table
+    """Run the unfinished rows; write table.md, claims.md and table.csv of each study, and one page."""
+    from open_unitok.study.jobs import load_study
+    from open_unitok.study.run import plan_parts, run_jobs
 
-    study = load_study(args.config)
-    for seed in args.seeds or ():
-        if seed not in study.seeds:
-            raise UserError(f"--seeds {seed}: the study has seeds {', '.join(map(str, study.seeds))}.")
+    studies = [load_study(config) for config in args.configs]
     # the CPUs this process may use, not those of the machine
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = args.workers or (1 if distributed.world_size() > 1 else cores)
-    jobs = study_jobs(study, args.seeds, args.only)
-    parts = plan_parts(jobs, workers)
+    workers = (1 if distributed.world_size() > 1 else cores) if args.workers is None else args.workers
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: it must be 1 or more.")
+    tasks = _chosen_jobs(args, studies)
+    parts = plan_parts(tasks, workers)
     if args.part is not None:
         if not 1 <= args.part <= len(parts):
             raise UserError(f"--part {args.part}: the plan has parts 1 to {len(parts)}.")
-        jobs = parts[args.part - 1]
+        tasks = parts[args.part - 1]
     if args.plan:
-        for number, part in enumerate(parts, 1):
-            done = sum(is_finished(study, job) for job in part)
-            print(f"part {number}: {part_minutes(part, workers):.0f} minutes, {done} of {len(part)} finished")
-            print(f"  {' '.join(job.name for job in part)}")
-        hours = sum(part_minutes(part, workers) for part in parts) / 60
-        print(f"{len(jobs)} runs, {hours:.1f} hours on {workers} cores")
+        _print_plan(parts, workers)
         return
-    failed = [] if args.table else run_jobs(study, jobs, workers)
+    failed = [] if args.table else run_jobs(tasks, workers)
     if distributed.is_main():
-        write_atomic(Path(study.out, "table.md"), markdown_table(study))
-        write_atomic(Path(study.out, "table.csv"), csv_table(study))
-        write_atomic(Path(study.out, "index.html"), study_page(study, f"Study {Path(args.config).stem}"))
-        print(f"{study.out}: table.md, table.csv and index.html are written")
+        _write_tables(args.configs, studies)
     for line in failed:
         print(f"unitok: {line}", file=sys.stderr)
     if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed; the others are finished.")
+        raise UserError(f"{len(failed)} of {len(tasks)} runs have no result; the others are finished.")
+
+
+def _chosen_jobs(args: argparse.Namespace, studies: list[Any]) -> list[Any]:
+    """(study, job) of the rows and seeds that the options name, of all studies."""
+    from open_unitok.study.jobs import study_jobs
+
+    rows = {name for study in studies for name in study.rows}
+    seeds = {seed for study in studies for seed in study.seeds}
+    for seed in args.seeds or ():
+        if seed not in seeds:
+            raise UserError(f"--seeds {seed}: the study has seeds {', '.join(map(str, sorted(seeds)))}.")
+    chosen = []
+    for study in studies:
+        # a row of another study of the command line is no mistake
+        only = args.only and [name for name in args.only if name in study.rows or name not in rows]
+        own = [seed for seed in args.seeds if seed in study.seeds] if args.seeds else None
+        if only != []:
+            chosen += [(study, job) for job in study_jobs(study, own, only)]
+    return chosen
+
+
+def _print_plan(parts: list[list[Any]], workers: int) -> None:
+    """Minutes and rows of each part, and what cannot run on this machine."""
+    from open_unitok.study.jobs import is_finished
+    from open_unitok.study.requirements import INSTALL_LITE0, has_lite0, missing_data, missing_for
+    from open_unitok.study.run import part_minutes
+
+    for number, part in enumerate(parts, 1):
+        done = sum(is_finished(study, job) for study, job in part)
+        print(f"part {number}: {part_minutes(part, workers):.0f} minutes, {done} of {len(part)} finished")
+        print(f"  {' '.join(job.name for _, job in part)}")
+    tasks = [task for part in parts for task in part]
+    hours = sum(part_minutes(part, workers) for part in parts) / 60
+    print(f"{len(tasks)} runs, {hours:.1f} hours on {workers} cores")
+    todo = [(study, job) for study, job in tasks if not is_finished(study, job)]
+    notes = [reason for study, _ in todo if (reason := missing_data(study))]
+    notes += [f"{job.row} cannot run here: {reason}" for _, job in todo if (reason := missing_for(job))]
+    if not has_lite0() and any(study.downstream is None for study, _ in todo):
+        notes.append(f"the Fréchet distance cannot be measured here: {INSTALL_LITE0}")
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}")
+
+
+def _write_tables(configs: list[str], studies: list[Any]) -> None:
+    """The files of each study in its OUT, and one page of all of them in the first one's."""
+    from open_unitok.study.claims import claims_table
+    from open_unitok.study.page import study_page
+    from open_unitok.study.table import csv_table, markdown_table
+
+    for study in studies:
+        write_atomic(Path(study.out, "table.md"), markdown_table(study))
+        write_atomic(Path(study.out, "claims.md"), claims_table(study))
+        write_atomic(Path(study.out, "table.csv"), csv_table(study))
+        print(f"{study.out}: table.md, claims.md and table.csv are written")
+    page = Path(studies[0].out, "index.html")
+    write_atomic(page, study_page(studies))
+    print(f"{page} is written")

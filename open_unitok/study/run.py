@@ -1,5 +1,6 @@
 """Trains and measures the rows of a study, several at a time; finished ones are skipped, others resume."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,63 +9,52 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from open_unitok.core import distributed
-from open_unitok.core.devices import processor_name
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, make_folder
+from open_unitok.core.files import make_folder
 from open_unitok.core.processes import FolderLock
-from open_unitok.core.text_files import read_json
-from open_unitok.training.core.config import read_yaml
 
-from .config import PART_MINUTES, RowRun, Study, settings_digest
+from .config import Study
+from .jobs import RowRun, describe_job, is_finished
+from .requirements import missing_data, missing_for
+
+PART_MINUTES = 120  # a plan is cut into parts of at most two hours
+Task = tuple[Study, RowRun]  # a job and the study that it is of
 
 
-def run_jobs(study: Study, jobs: Sequence[RowRun], workers: int) -> list[str]:
-    """Run the unfinished jobs, `workers` at a time; returns a line for each one that failed.
+def run_jobs(tasks: Sequence[Task], workers: int) -> list[str]:
+    """Run the unfinished jobs, `workers` at a time; returns a line for each one that has no result.
 
     Under torchrun each process takes its share, on its own GPU.
 
     Raises:
-        UserError: the data is missing, another study runs in the folder, or a row needs one that has not run.
+        UserError: data is missing, or another study runs in the folder.
     """
-    existing(Path(study.data, "emoji.json"), f"`unitok data emoji --out {study.data}` writes the data.")
-    todo = [job for job in jobs if not is_finished(study, job)]
-    for job in todo:
-        if job.needs and not (job.needs / "model").exists() and job.needs not in {j.run_dir for j in todo}:
-            raise UserError(f"Row {job.row} starts from {job.needs}/model, which does not exist.")
-    rank, ranks = distributed.rank(), distributed.world_size()
-    folder = make_folder(Path(study.out, ".study", str(rank)))
-    with FolderLock(folder, "unitok study"), ThreadPoolExecutor(workers) as pool:
-        running: dict[Path, Future[str]] = {}
-        for job in todo[rank::ranks]:
-            waits_for = running.get(job.needs) if job.needs else None
+    todo = [(study, job) for study, job in tasks if not is_finished(study, job)]
+    for study in {study.data: study for study, _ in todo}.values():
+        if reason := missing_data(study):
+            raise UserError(reason)
+    reasons = {job.run_dir: missing_for(job) for _, job in todo}
+    lines = [f"{job.name}: not run: {reasons[job.run_dir]}" for _, job in todo if reasons[job.run_dir]]
+    todo = _share([(study, job) for study, job in todo if not reasons[job.run_dir]])
+    running: dict[Path, Future[str]] = {}
+    with contextlib.ExitStack() as locks, ThreadPoolExecutor(workers) as pool:
+        for out in dict.fromkeys(study.out for study, _ in todo):
+            folder = make_folder(Path(out, ".study", str(distributed.rank())))
+            locks.enter_context(FolderLock(folder, "unitok study"))
+        for study, job in todo:
+            waits_for = running.get(job.run_dir.parent / job.needs) if job.needs else None
             running[job.run_dir] = pool.submit(_run_job, study, job, waits_for)
-        return [line for future in running.values() if (line := future.result())]
+        return lines + [line for future in running.values() if (line := future.result())]
 
 
-def is_finished(study: Study, job: RowRun) -> bool:
-    """Whether the job's result exists.
-
-    Raises:
-        UserError: it is of other settings.
-    """
-    if not job.result.exists():
-        return False
-    found, wanted = read_json(job.result), _known(study, job)
-    for key in ("settings", "limit"):
-        if found.get(key) != wanted[key]:
-            raise UserError(f"{job.result} was measured with other settings ({key}): remove it and repeat.")
-    return True
-
-
-def _known(study: Study, job: RowRun) -> dict[str, Any]:
-    """What is known about a result before it is measured."""
-    title = study.rows[job.row].title
-    machine = f"{processor_name()}, {os.cpu_count()} cores"
-    known = {"row": job.row, "seed": job.seed, "title": title, "settings": settings_digest(job)}
-    return {**known, "limit": study.limit, "processor": machine, "date": time.strftime("%Y-%m-%d")}
+def _share(tasks: Sequence[Task]) -> list[Task]:
+    """The jobs of this process: those that start from each other stay together."""
+    roots = [job.run_dir.parent / (job.needs or job.name) for _, job in tasks]
+    numbers = {root: number for number, root in enumerate(dict.fromkeys(roots))}
+    rank, ranks = distributed.rank(), distributed.world_size()
+    return [task for task, root in zip(tasks, roots) if numbers[root] % ranks == rank]
 
 
 def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
@@ -73,7 +63,7 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
         return f"{job.name}: the row that it starts from failed"
     log = make_folder(Path(study.out, "logs")) / f"{job.name}.log"
     start = time.monotonic()
-    print(f"{job.name}: training, {job.minutes:.0f} minutes planned (log: {log})", flush=True)
+    print(f"{job.name}: started, {job.minutes:.0f} minutes planned (log: {log})", flush=True)
     # one thread per row: rows run side by side
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -81,7 +71,7 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
     if distributed.world_size() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(distributed.local_rank())
     with open(log, "a", encoding="utf-8") as file:
-        for command in job_commands(study, job):
+        for command in [["open_unitok", *c] for c in job.commands] + [measure_command(study, job)]:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             done = subprocess.run(
@@ -93,49 +83,33 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
     return ""
 
 
-def job_commands(study: Study, job: RowRun) -> list[list[str]]:
-    """The arguments of `python -m` for each step of a job; every step skips what is finished."""
-    model, data = job.run_dir / "model", Path(study.data)
-    config = read_yaml(job.config, job.overrides)
-    discrete = config["model"].get("quantizer") != "none"
-    reads_captions = config["losses"].get("clip", 1.0) > 0 and config["model"].get("embed_dim", 1) > 0
-    pooling = ["--pooling", "quantised" if discrete else "latents"]
-    limit = ["--limit", str(study.limit)] if study.limit else []
-    commands = [["open_unitok", "train", job.config, *job.overrides]]
-    for split in study.splits:
-        benchmarks = ["reconstruction", "emoji_reconstruction", *(["retrieval"] if reads_captions else [])]
-        zeroshot = ["zeroshot"] if reads_captions else []
-        labels = (("category", ["linear_probe", *zeroshot]), ("style", ["linear_probe"]))
-        out = job.run_dir / "eval" / split
-        run = ["--model", str(model), *limit]
-        commands.append(
-            ["open_unitok", "eval", "run", *benchmarks, *run, "--data", str(data / split), "--out", str(out)]
-        )
-        for label, names in labels:
-            where = ["--data", str(data / split / f"{label}.json"), "--out", str(out / label)]
-            commands.append(["open_unitok", "eval", "run", *names, *run, *where, *pooling])
-    measured = {"known": _known(study, job), "run_dir": str(job.run_dir), "result": str(job.result)}
-    commands.append(["open_unitok.study.measure", json.dumps({**measured, "splits": study.splits})])
-    return commands
+def measure_command(study: Study, job: RowRun) -> list[str]:
+    """The last command of a job, which writes its result."""
+    about = {"known": describe_job(study, job), "run_dir": str(job.run_dir), "result": str(job.result)}
+    if study.downstream:
+        row = study.rows[job.row]
+        owner = str(job.run_dir.parent / job.needs) if job.needs else None
+        about |= {"guidance": study.downstream.guidance, "parts": row.parts, "tokenizer_of": owner}
+        return ["open_unitok.study.measure_downstream", json.dumps(about)]
+    return ["open_unitok.study.measure", json.dumps(about | {"splits": study.splits})]
 
 
-def plan_parts(jobs: Sequence[RowRun], workers: int) -> list[list[RowRun]]:
+def plan_parts(tasks: Sequence[Task], workers: int) -> list[list[Task]]:
     """Jobs in their order, cut into parts of at most `PART_MINUTES` on `workers` cores."""
-    parts: list[list[RowRun]] = []
+    parts: list[list[Task]] = []
     loads: list[float] = []
-    for job in jobs:
-        shortest = min(loads, default=0.0)
-        if not parts or shortest + job.minutes > PART_MINUTES:
+    for task in tasks:
+        if not parts or min(loads) + task[1].minutes > PART_MINUTES:
             parts.append([])
             loads = [0.0] * workers
-        loads[loads.index(min(loads))] += job.minutes
-        parts[-1].append(job)
+        loads[loads.index(min(loads))] += task[1].minutes
+        parts[-1].append(task)
     return parts
 
 
-def part_minutes(jobs: Sequence[RowRun], workers: int) -> float:
+def part_minutes(tasks: Sequence[Task], workers: int) -> float:
     """Minutes of a part, its jobs started in order, each on the first free core."""
     loads = [0.0] * workers
-    for job in jobs:
+    for _, job in tasks:
         loads[loads.index(min(loads))] += job.minutes
     return max(loads)

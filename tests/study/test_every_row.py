@@ -1,136 +1,163 @@
-"""Every row of the shipped study at the scale of seconds, and that a repeated row gives the same numbers."""
+"""Every row of the shipped studies at the scale of seconds; repeated rows give the same numbers."""
 
+import importlib
 import json
+import os
+import subprocess
 import sys
 
-import numpy as np
 import pytest
-import yaml
 
 from open_unitok.cli.main import main
-from open_unitok.study import measure
-from open_unitok.study.config import load_study, study_jobs
-from open_unitok.study.run import job_commands, run_jobs
-from open_unitok.study.table import MODEL_COLUMNS, SPLIT_COLUMNS, make_cells
-from open_unitok.training.core.config import read_yaml
+from open_unitok.study import run
+from open_unitok.study.columns import study_tables
+from open_unitok.study.jobs import study_jobs
+from open_unitok.study.run import run_jobs
+from open_unitok.study.table import make_cells
 
-SHIPPED = "configs/study/tokenizers.yaml"
-WORDS = {"words": ["face", "heart", "animal", "flag"], "modifiers": ["red", "big"], "heads": ["face", "dog"]}
+from .small import run_here, small_downstream, small_tokenizers, write_scenes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # of times: other load changes them
 TIMES = ("step_seconds", "encode_ms", "decode_ms")
+# rows that learn no captions
+CAPTIONLESS = ("no_contrast", "coda", "gaussian", "gaussian_fsq", "vqkd", "two_encoders")
 
 
 @pytest.fixture(scope="module")
 def study(emoji, tmp_path_factory):
-    """The shipped study on the small emoji, two steps per row; rows of words have made-up vectors."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    folder = tmp_path_factory.mktemp("study")
-    raw = read_yaml(SHIPPED)
-    rows = {}
-    for name, row in raw["rows"].items():
-        own = {
-            "inherits": f"configs/study/{row['config']}",
-            "data": {"sources": [{"path": f"{emoji}/train/*.tar"}]},
-        }
-        config = read_yaml(own["inherits"])
-        if config.get("caption_tokenizer"):
-            own["caption_tokenizer"] = f"{emoji}/text/tokenizer.model"
-        if "discriminator" in config:
-            own["discriminator"] = {"start": 0}
-        if "words" in config:
-            own["words"] = make_words(folder, config["words"]["lists"])
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
-        rows[name] = {**row, "config": f"{name}.yaml"}
-    overrides = ["steps=2", "batch_size=4", "checkpoint.every=2", "log.every=1", "log.images_every=0"]
-    changed = {"out": f"{folder}/runs", "data": str(emoji), "results": f"{folder}/results", "rows": rows}
-    changed |= {"overrides": [*overrides, "data.shuffle=16"], "seeds": [0], "splits": ["pairs"]}
-    (folder / "study.yaml").write_text(yaml.safe_dump({**raw, **changed}))
-    return load_study(str(folder / "study.yaml"))
+    return small_tokenizers(emoji, tmp_path_factory.mktemp("study"))
 
 
-def make_words(folder, lists):
-    chosen = [path.split("/")[-1].removesuffix(".txt") for path in lists]
-    for name in chosen:
-        (folder / f"{name}.txt").write_text("\n".join(WORDS[name]))
-    count = len(dict.fromkeys(word for name in chosen for word in WORDS[name]))
-    np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32))
-    (folder / "edges.txt").write_text("red\tface\nbig\tdog\n")
-    edges = {"edges": f"{folder}/edges.txt"} if "heads" in chosen else {}
-    return {"lists": [f"{folder}/{name}.txt" for name in chosen], "vectors": f"{folder}/vectors.npy", **edges}
+@pytest.fixture(scope="module")
+def downstream(tmp_path_factory):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    scenes = write_scenes(tmp_path_factory.mktemp("scenes"))
+    return small_downstream(scenes, tmp_path_factory.mktemp("downstream"))
 
 
-def run_here(study, job):
-    """The commands of a job in this process: imports are the larger part of a small one."""
-    for module, *arguments in job_commands(study, job):
-        if module == "open_unitok":
-            main(arguments)
-        else:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [module, *arguments])
-                measure.main()
-    return json.loads(job.result.read_text())
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_row_trains_and_is_measured(study):
-    results = {job.row: run_here(study, job) for job in study_jobs(study)}
+def test_every_tokenizer_trains_and_is_measured(study, monkeypatch):
+    results = {job.row: run_here(study, job, monkeypatch) for job in study_jobs(study)}
     assert results.keys() == study.rows.keys()
     for name, result in results.items():
         columns, quality = result["columns"], result["splits"]["pairs"]
         assert columns["tokens"] > 0 and columns["parameters"] > 0 and columns["step_seconds"] > 0, name
+        assert columns["encode_ms"] > 0 and columns["decode_ms"] > 0, name
         assert quality["psnr"] > 0 and 0 <= quality["emoji"] <= 1 and quality["frechet"] > 0, name
         assert {len(scores) for scores in result["images"]["pairs"].values()} == {3}, name
         continuous = name in ("continuous", "gaussian")
         assert continuous or (columns["bits"] > 0 and 0 < quality["usage"] <= 1), name
         captioned = name not in CAPTIONLESS
         assert ("retrieval" in quality) == ("zeroshot_category" in quality) == captioned, name
+        # every empty cell says why
+        empty = {key for key in (*columns, *quality) if (columns | quality)[key] is None}
+        assert empty <= result["reasons"].keys() and ("retrieval" in result["reasons"]) == (not captioned), (
+            name
+        )
+        assert len(result["curve"]) == 2 and (study_results(study, name, ".webp")).exists(), name
     base = results["base"]
     assert base["columns"]["tokens"] == 16 and base["columns"]["bits"] == 768
-    for split in (None, "pairs"):
-        columns = SPLIT_COLUMNS if split else MODEL_COLUMNS
-        cells = dict(zip((c.key for c in columns), make_cells(study, split)["base"]))
+    for table in study_tables(study):
+        cells = dict(zip((c.key for c in table.columns), make_cells(study, table)["base"]))
         assert all(cell.value is not None for cell in cells.values()), cells
 
 
-# rows that learn no captions
-CAPTIONLESS = ("no_contrast", "coda", "gaussian", "gaussian_fsq", "vqkd", "two_encoders")
+def study_results(study, name, suffix):
+    return study_jobs(study, [0], [name])[0].result.with_suffix(suffix)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_study_goes_on_and_repeats_to_the_same_numbers(study, tmp_path, capsys):
+def test_every_downstream_row_is_trained_and_measured(downstream, monkeypatch):
+    results = {job.row: run_here(downstream, job, monkeypatch) for job in study_jobs(downstream)}
+    assert results.keys() == downstream.rows.keys()
+    keys = {column.key for table in study_tables(downstream) for column in table.columns}
+    for name, result in results.items():
+        known = {k: v for k, v in (result["columns"] | result["splits"]["test"]).items() if v is not None}
+        assert keys - known.keys() == result["reasons"].keys() & keys, name
+        whole = name not in ("joint_dual", "generating")
+        assert ("classes_none" in known) == ("probe_latents" in known) == ("bits" in known) == whole, name
+        assert ("vqa" in known) == (name != "generating") and "geneval" in known, name
+        for column, scores in result["images"]["test"].items():
+            assert sum(scores) / len(scores) == pytest.approx(known[column], abs=1e-3), (name, column)
+    assert results["unitok_k8"]["columns"]["bits"] == 4 * 48 and results["ibq"]["columns"]["bits"] == 4 * 9
+    assert [scale for scale, _ in results["vit"]["guided"]] == [1, 2]
+    assert results["joint_dual"]["reasons"]["psnr"] == "n/a: the tokenizer is that of unitok_k8-0"
+
+
+def test_a_row_killed_at_each_link_goes_on_to_the_same_numbers(downstream, tmp_path, monkeypatch, capsys):
+    """The commands of a row are stopped one after the other, and the study is started anew each time."""
+    job = study_jobs(downstream, [0], ["vqkd"])[0]
+    if not job.result.exists():
+        run_here(downstream, job, monkeypatch)
+    again = type(downstream)(
+        **{**vars(downstream), "out": f"{tmp_path}/runs", "results": f"{tmp_path}/results"}
+    )
+    repeated = study_jobs(again, [0], ["vqkd"])[0]
+    calls = []
+
+    def stopped(arguments, **_):
+        """Run a command here; the first time that it comes it is killed: a training after one step."""
+        command = arguments[3:] if arguments[2] == "open_unitok" else arguments[2:]
+        first = command not in calls
+        calls.append(command)
+        if command[0] == "train":
+            main([*command, "stop_at=1"] if first else command)
+        elif first:
+            return subprocess.CompletedProcess(arguments, -9)
+        elif arguments[2] == "open_unitok":
+            main(command)
+        else:
+            monkeypatch.setattr(sys, "argv", command)
+            importlib.import_module(command[0]).main()
+        return subprocess.CompletedProcess(arguments, -9 if first else 0)
+
+    monkeypatch.setattr(run.subprocess, "run", stopped)
+    starts = 0
+    while run_jobs([(again, repeated)], 1):
+        starts += 1
+        assert starts <= len(job.commands) + 1
+    assert starts == len(job.commands) + 1  # each one was killed once, and so was the measuring
+    assert same(job) == same(repeated)
+    assert run_jobs([(again, repeated)], 1) == []  # finished: nothing is started
+    assert len(calls) == len({tuple(c) for c in calls}) + sum(range(1, len(job.commands) + 2))
+
+
+def same(job):
+    """What two runs of a job must have in common: all but times and the day."""
+    result = json.loads(job.result.read_text())
+    for key in TIMES:
+        result["columns"].pop(key)
+    return {key: value for key, value in result.items() if key != "date"}
+
+
+def test_a_killed_tokenizer_goes_on_and_repeats_to_the_same_numbers(study, tmp_path, monkeypatch, capsys):
     once = study_jobs(study, [0], ["base"])[0]
     if not once.result.exists():
-        run_here(study, once)
+        run_here(study, once, monkeypatch)
     again = type(study)(**{**vars(study), "out": f"{tmp_path}/runs", "results": f"{tmp_path}/results"})
     job = study_jobs(again, [0], ["base"])[0]
-    main(["train", job.config, *job.overrides, "stop_at=1"])  # what a kill leaves
-    assert run_jobs(again, [job], 1) == []
-    first, second = (json.loads(j.result.read_text()) for j in (once, job))
-    for result in (first, second):
-        for key in TIMES:
-            result["columns"].pop(key)
-        result.pop("date")
-    assert first == second
-    assert run_jobs(again, [job], 1) == [] and "training" in capsys.readouterr().out
-    assert "training" not in capsys.readouterr().out
-    assert run_jobs(again, [job], 1) == [] and "training" not in capsys.readouterr().out
+    main([*job.commands[0], "stop_at=1"])  # what a kill leaves
+    capsys.readouterr()
+    assert run_jobs([(again, job)], 1) == []  # in processes of their own
+    assert "base-0: started" in capsys.readouterr().out
+    assert same(once) == same(job)
+    assert run_jobs([(again, job)], 1) == [] and "started" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_row_that_fails_is_named_and_the_others_are_run(study, tmp_path, capsys):
-    broken = {**study.rows["base"].__dict__, "config": study.rows["base"].config}
+def test_a_row_that_fails_is_named_and_the_others_are_run(study, tmp_path):
+    rows = {"base": study.rows["base"], "bad": study.rows["base"]}
     changed = type(study)(
         **{
             **vars(study),
             "out": f"{tmp_path}/runs",
             "results": f"{tmp_path}/results",
-            "rows": {"base": study.rows["base"], "bad": type(study.rows["base"])(**broken)},
+            "rows": rows,
+            "claims": [],
             "overrides": [*study.overrides, "data.sources.0.path=nowhere/*.tar"],
         }
     )
-    failed = run_jobs(changed, study_jobs(changed), 2)
+    failed = run_jobs([(changed, job) for job in study_jobs(changed)], 2)
     assert len(failed) == 2 and all("failed with 2" in line and ".log" in line for line in failed)
     log = (tmp_path / "runs" / "logs" / "bad-0.log").read_text()
     assert "unitok: error:" in log and "nowhere" in log
+    assert os.listdir(tmp_path / "runs" / "logs")

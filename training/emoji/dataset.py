@@ -24,6 +24,7 @@ from ..data.tar_files import tar_writer, write_sample
 from .packages import EMOJI_PACKAGES, STYLES, EmojiImage, package_folders, read_emoji
 from .questions import EMOJI_QUESTIONS, evaluation_questions, sample_conversations
 from .splits import SIZES, SPLITS, check_sources, load_frozen, pixel_hash, render_emoji, split_of
+from .words import EDGES, write_words
 
 _FINISHED = "emoji.json"
 _UNFINISHED = "unfinished.json"
@@ -77,6 +78,7 @@ def write_emoji(
                 split: _write_split(out / split, group, names, size, bar) for split, group in splits.items()
             }
         _write_text_tokenizers(out / "text", splits["train"], names)
+        write_words(out / "text", [image.emoji.name for image in splits["train"]])
         write_atomic(out / "README.md", _readme(counts, size, folders))
     differing = [split for split in SPLITS if pixels[split] != frozen["pixels"][str(size)][split]]
     facts = {**wanted, "images": counts, "pixels": pixels, "differing": differing, "pillow": PIL.__version__}
@@ -92,6 +94,8 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         if isinstance(found, dict) and {key: found.get(key) for key in wanted} == wanted:
             if not all((out / split / _ITEMS).exists() for split in SPLITS):
                 raise UserError(f"{out} is of an earlier version, without questions; remove it and repeat.")
+            if not (out / "text" / EDGES).exists():  # a folder of an earlier version
+                write_words(out / "text", [item["name"] for item in read_json(out / "train" / _ITEMS)])
             return found
         size = found.get("size") if isinstance(found, dict) else None
         raise UserError(f"{out} holds emoji of other settings (size {size}); choose another --out.")

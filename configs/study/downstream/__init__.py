@@ -1,0 +1,1 @@
+"""Tokenizers on scenes, and what is trained on their codes, in the downstream study."""
