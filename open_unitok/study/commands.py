@@ -10,7 +10,7 @@ from .config import Study
 # where the shipped configs read the data of a study
 SHIPPED_DATA = {"tokenizers": "runs/study/emoji", "downstream": "runs/study/scenes"}
 VALIDATION_SEED = 1_000_000  # random numbers of images by which a guidance scale is chosen
-FEATURES = ("quantised", "latents")  # what the LLaVA probe reads
+PROBED = ("quantised", "latents")  # what the LLaVA probe reads
 
 
 def row_commands(study: Study, name: str, seed: int) -> list[list[str]]:
@@ -155,7 +155,7 @@ def _probe(
     stages = study.downstream
     assert stages is not None
     commands = []
-    for source in FEATURES:
+    for source in PROBED:
         out = run_dir / f"probe_{source}"
         changes = {"model.unitok": tokenizer, "model.fields.features.source": source}
         changes["data.mixture.0.path"] = codes

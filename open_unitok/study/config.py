@@ -8,7 +8,7 @@ from typing import Any, Literal
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.training.core.config import build_config, read_yaml
 
-PARTS = ("classes", "probe", "joint")  # of a downstream row, beside its tokenizer
+DOWNSTREAM_PARTS = ("classes", "probe", "joint")  # of a downstream row, beside its tokenizer
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
@@ -31,7 +31,7 @@ class Row:
     config: str | None = None
     after: str | None = None
     first: str | None = None
-    parts: list[Literal["classes", "probe", "joint"]] = field(default_factory=lambda: list(PARTS))
+    parts: list[Literal["classes", "probe", "joint"]] = field(default_factory=lambda: list(DOWNSTREAM_PARTS))
     joint: str | None = None
     minutes: float = 10.0
 
@@ -175,7 +175,7 @@ class Study:
         if self.downstream is None:
             if row.config is None:
                 raise UserError(f"rows.{name}.config is missing: name the training config.")
-            if row.first or row.joint or row.parts != list(PARTS):
+            if row.first or row.joint or row.parts != list(DOWNSTREAM_PARTS):
                 raise UserError(f"rows.{name}: first, parts and joint need the section `downstream`.")
         elif (row.config is None) == (row.after is None):
             raise UserError(f"rows.{name} must have either config or after, the row whose tokenizer it uses.")

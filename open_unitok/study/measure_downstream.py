@@ -17,17 +17,17 @@ import torch
 from open_unitok.core.text_files import parse_json, read_json, read_json_lines
 from open_unitok.tokenizer import UniTok
 
-from .commands import FEATURES, classes_folder
+from .commands import PROBED, classes_folder
 from .measure import SHOWN_IMAGES, loss_curve, model_columns, save_strip, short, write_result
 
-SPLIT = "test"
+TEST_SPLIT = "test"
 VQA_KINDS = ("existence", "count", "colour", "shape", "position", "relation")
 _TOKENIZER = ("tokens", "bits", "parameters", "step_seconds", "encode_ms", "decode_ms", "psnr", "ssim")
 _CLASSES = ("classes_none", "classes_best", "guidance", "classes_ceiling")
-_PROBE = tuple(f"probe_{source}" for source in FEATURES)
+_PROBE = tuple(f"probe_{source}" for source in PROBED)
 _VQA = ("vqa", *(f"vqa_{kind}" for kind in VQA_KINDS))
 _GENEVAL = ("geneval", "geneval_ceiling")
-PARTS = {"classes": _CLASSES, "probe": _PROBE, "joint": (*_VQA, *_GENEVAL)}
+COLUMNS_OF_PART = {"classes": _CLASSES, "probe": _PROBE, "joint": (*_VQA, *_GENEVAL)}
 
 
 class Found:
@@ -91,17 +91,21 @@ def measure_downstream(
     if "classes" in parts:
         guided = _add_classes(found, run_dir, guidance)
     if "probe" in parts:
-        for source in FEATURES:
+        for source in PROBED:
             folder = run_dir / "eval" / f"probe_{source}" / "vqav2"
             found.add(f"probe_{source}", folder, "accuracy", lambda r: r["cluster"])
     if "joint" in parts:
         reasons |= _add_joint(found, run_dir / "eval" / "joint")
-    for part, names in PARTS.items():
+    for part, names in COLUMNS_OF_PART.items():
         if part not in parts:
             reasons |= dict.fromkeys(names, "n/a: a row of the joint MLLM alone")
     missing = {name: reason for name, reason in reasons.items() if name not in found.columns}
     curve = loss_curve(run_dir / ("joint" if "joint" in parts else "tokenizer"))
-    found_rows = {"columns": columns, "splits": {SPLIT: found.columns}, "images": {SPLIT: found.clusters}}
+    found_rows = {
+        "columns": columns,
+        "splits": {TEST_SPLIT: found.columns},
+        "images": {TEST_SPLIT: found.clusters},
+    }
     return {**found_rows, "reasons": missing, "guided": guided, "curve": curve}
 
 
@@ -115,11 +119,13 @@ def _add_classes(found: Found, run_dir: Path, guidance: Sequence[float]) -> list
     # of equal scales the smallest
     best = max(sorted(guidance), key=lambda scale: accuracy("validation", scale))
     for column, scale in (("classes_none", 1.0), ("classes_best", best)):
-        folder = classes_folder(run_dir, SPLIT, scale) / "scene_classes"
+        folder = classes_folder(run_dir, TEST_SPLIT, scale) / "scene_classes"
         found.add(column, folder, "accuracy", lambda r: r["owner"])
-    metrics = read_json(classes_folder(run_dir, SPLIT, 1.0) / "scene_classes" / "results.json")["metrics"]
+    metrics = read_json(classes_folder(run_dir, TEST_SPLIT, 1.0) / "scene_classes" / "results.json")[
+        "metrics"
+    ]
     found.columns |= {"guidance": best, "classes_ceiling": metrics.get("ceiling", {}).get("value")}
-    return [[scale, accuracy(SPLIT, scale)] for scale in (1.0, *sorted(guidance))]
+    return [[scale, accuracy(TEST_SPLIT, scale)] for scale in (1.0, *sorted(guidance))]
 
 
 def _add_joint(found: Found, folder: Path) -> dict[str, str]:
@@ -144,7 +150,7 @@ def main() -> None:
     tokenizer = Path(job["tokenizer_of"]) if job["tokenizer_of"] else None
     result = {**job["known"], **measure_downstream(run_dir, tokenizer, job["parts"], job["guidance"])}
     if "classes" in job["parts"]:
-        folder = classes_folder(run_dir, SPLIT, 1.0) / "scene_classes"
+        folder = classes_folder(run_dir, TEST_SPLIT, 1.0) / "scene_classes"
         rows = [row for row in read_json_lines(folder / "scores.jsonl") if row["kind"] == "generate"]
         first = [row["file"] for row in rows if row["file"].endswith("/0000.png")]  # one per class
         step = max(1, len(first) // SHOWN_IMAGES)

@@ -10,7 +10,7 @@ from open_unitok.eval.report import charts, page
 from .claims import OPPOSITE, SEEN, format_finding, study_findings
 from .columns import Column, Table, study_tables
 from .config import Study
-from .page_style import SCRIPT, STYLE
+from .page_style import SCRIPT, STUDY_STYLE
 from .plots import Point, lines_svg, scatter_svg
 from .table import (
     NOT_RUN,
@@ -52,7 +52,7 @@ def study_page(studies: Sequence[Study]) -> str:
     )
     return page.render_page(
         "One table of visual tokenizers",
-        f"<style>{STYLE}</style>{intro}{page.grid(tiles, 'tiles')}",
+        f"<style>{STUDY_STYLE}</style>{intro}{page.grid(tiles, 'tiles')}",
         sections,
         f"Measured on {page.escape('; '.join(machines) or 'no machine yet')}.{SCRIPT}",
     )

