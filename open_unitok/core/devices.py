@@ -1,6 +1,7 @@
 """Parse device and dtype names, check that this machine supports them, and make a GPU the current one."""
 
 import contextlib
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from .errors import UserError
 
+_ISA_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -84,6 +86,9 @@ def bf16_in_hardware() -> bool:
     # training uses the GPU if there is one
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    # oneDNN, which runs bf16 products on a CPU, may be told to use fewer instructions
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper() in _ISA_WITHOUT_BF16:
+        return False
     # x86 flags; other CPUs and systems without /proc count as emulated
     path = Path("/proc/cpuinfo")
     return path.exists() and bool({"avx512_bf16", "amx_bf16"} & set(path.read_text().split()))

@@ -2,15 +2,21 @@
 parameters by AdamW, at one learning rate (arXiv 2502.16982, section 2.2).
 
 torch.optim.Muon accepts 2-D parameters only, so AdamW would be a second optimiser, which DeepSpeed does not
-support; it also orthogonalises one matrix at a time, while this one batches matrices by shape.
+support; it also orthogonalises one matrix at a time, while this one batches matrices by shape. Several
+processes on CPUs share the matrices, since orthogonalising takes as long as a third of a forward pass.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from open_unitok.core import distributed
+from open_unitok.core.devices import bf16_in_hardware
 
 MOMENTUM = 0.95
 UPDATE_RMS = 0.2  # of an update's entries at learning rate 1, about AdamW's
@@ -61,7 +67,8 @@ class Muon(torch.optim.AdamW):
         for parameter in group["params"]:
             if parameter.grad is not None:
                 by_shape[parameter.shape].append(parameter)
-        for (rows, columns), parameters in by_shape.items():
+        directions = []
+        for parameters in by_shape.values():
             momenta = []
             for parameter in parameters:
                 state = self.state[parameter]
@@ -72,24 +79,71 @@ class Muon(torch.optim.AdamW):
             # Nesterov momentum: m <- 0.95 m + 0.05 g, then the same average of g and the new m
             gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-            updates = orthogonalise(torch.stack(nesterov))
+            directions.append(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        for ((rows, columns), parameters), updates in zip(by_shape.items(), orthogonalise_all(directions)):
             # decoupled weight decay, as in AdamW
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             # an orthogonal (R, C) matrix has entries of RMS 1/sqrt(max(R, C)): scale them to UPDATE_RMS
             rate = -group["lr"] * UPDATE_RMS * math.sqrt(max(rows, columns))
-            torch._foreach_add_(parameters, list(updates.unbind()), alpha=rate)
+            torch._foreach_add_(parameters, updates, alpha=rate)
+
+
+def orthogonalise_all(batches: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """`orthogonalise` of every matrix, those of one shape in one sequence; on CPUs, of several processes each
+    takes a share and receives the others'."""
+    flat = [matrix for batch in batches for matrix in batch]
+    world = distributed.world_size()
+    if world == 1 or not flat or flat[0].is_cuda:
+        return [list(orthogonalise(torch.stack(list(batch)))) for batch in batches]
+    ranks = share_matrices([(len(batch), batch[0].shape) for batch in batches], world)
+    # one buffer per rank, with its matrices in their order
+    sizes = [sum(m.numel() for m, owner in zip(flat, ranks) if owner == rank) for rank in range(world)]
+    buffers = [torch.empty(size, dtype=product_dtype(flat[0].device)) for size in sizes]
+    places, filled = [], [0] * world
+    for matrix, owner in zip(flat, ranks):
+        start = filled[owner]
+        filled[owner] += matrix.numel()
+        places.append(buffers[owner][start : filled[owner]].view(matrix.shape))
+    numbers = iter(range(len(flat)))
+    for batch in batches:
+        own = [number for _, number in zip(batch, numbers) if ranks[number] == distributed.rank()]
+        if own:
+            found = orthogonalise(torch.stack([flat[number] for number in own]))
+            torch._foreach_copy_([places[number] for number in own], list(found))
+    for rank, buffer in enumerate(buffers):
+        dist.broadcast(buffer.view(torch.uint8), rank)  # bytes: gloo has no bfloat16
+    updates = iter([place.to(matrix.dtype) for place, matrix in zip(places, flat)])
+    return [[next(updates) for _ in batch] for batch in batches]
+
+
+def share_matrices(batches: Sequence[tuple[int, torch.Size]], world: int) -> list[int]:
+    """The rank of each matrix of (number, shape) batches: the costliest first, to the least busy rank."""
+    costs = []  # multiplications of an iteration
+    for number, shape in batches:
+        small, large = sorted(shape)
+        costs += [2 * small * small * large + small**3] * number
+    busy, ranks = [0] * world, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        ranks[number] = busy.index(min(busy))
+        busy[ranks[number]] += costs[number]
+    return ranks
+
+
+@functools.cache  # the answer is in /proc/cpuinfo
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bf16, or fp32 on a processor without bf16 units, where bf16 products take fifty times as long."""
+    return torch.float32 if device.type == "cpu" and not bf16_in_hardware() else torch.bfloat16
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """(M, R, C) -> (M, R, C): same singular vectors, singular values near 1 (0.7 to 1.2).
 
-    Newton-Schulz iteration in bf16, on the smaller Gram matrix.
+    Newton-Schulz iteration in `product_dtype` on the smaller Gram matrix.
     """
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
     # the Frobenius norm bounds the largest singular value: all are in [0, 1], as the iteration requires
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(product_dtype(x.device))
     a, b, c = COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
         # S = X X^T, X <- a X + (b S + c S^2) X

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from open_unitok.core import devices, distributed
 from open_unitok.core.errors import UserError
+from open_unitok.training.core import muon
 from open_unitok.training.core.config import build_config
-from open_unitok.training.core.muon import Muon, muon_groups, orthogonalise
+from open_unitok.training.core.muon import Muon, muon_groups, orthogonalise, orthogonalise_all, share_matrices
 from open_unitok.training.core.options import RunConfig
 
 RUN = {"stage": "mllm", "out": "runs/x", "steps": 1, "batch_size": 1, "optimizer": {"kind": "muon"}}
@@ -75,6 +77,53 @@ def test_resume_is_exact():
     want = train(original, [first], steps=3)
     found = train(resumed, [second], steps=3)
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "avx512_core", None])
+def test_products_are_bf16_where_the_processor_has_bf16_units(monkeypatch, limit):
+    """oneDNN's limit of instructions makes a processor one without them."""
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    else:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    muon.product_dtype.cache_clear()
+    expected = torch.bfloat16 if devices.bf16_in_hardware() else torch.float32
+    assert expected == torch.float32 or limit is None
+    assert muon.product_dtype(torch.device("cpu")) == expected
+    muon.product_dtype.cache_clear()
+
+
+def test_ranks_share_the_matrices(monkeypatch):
+    """Each rank orthogonalises about half of the work and receives the rest."""
+    shapes = [(5, 8)] * 3 + [(8, 5)] + [(8, 8)] * 4
+    matrices = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n, shape in enumerate(shapes)
+    ]
+    batches = [matrices[:3], matrices[3:4], matrices[4:]]
+    want = orthogonalise_all(batches)
+    sent, calls = {}, []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(muon, "orthogonalise", lambda x: calls.append(len(x)) or orthogonalise(x))
+
+    def found_on(rank):
+        def broadcast(buffer, source):
+            if source == rank:
+                sent[source] = buffer.clone()
+            elif source in sent:
+                buffer.copy_(sent[source])
+
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(muon.dist, "broadcast", broadcast)
+        calls.clear()
+        return orthogonalise_all(batches), sum(calls)
+
+    found_on(0)
+    for rank in (1, 0):
+        found, own = found_on(rank)
+        assert 0 < own < len(matrices)
+        for ours, theirs in zip(found, want, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert sorted(share_matrices([(4, torch.Size((8, 8)))], 2)) == [0, 0, 1, 1]
 
 
 def test_zero_stages_are_rejected():
