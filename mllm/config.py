@@ -23,11 +23,13 @@ IGNORED = -100  # label of a token that is no target; the default ignore_index o
 VISUAL_CONTEXTS = ("full", "last")
 ROW_NORMS = ("unit", "blocks", "none")
 INPUT_EMBEDDERS = ("projection", "mlp", "tables")
+VISUAL_POSITIONS = ("none", "learned_2d")
 
 # fields that config.json leaves out at these values
 _OMITTED: dict[str, Any] = {
     "depth_options": None,
     "input_embedder": "projection",
+    "visual_positions": "none",
     "text_z_loss_weight": 0.0,
     "visual_input": "discrete",
     "feature_token_id": FEATURE_TOKEN_ID,
@@ -82,6 +84,9 @@ class UniTokMLLMConfig(PretrainedConfig):
         token_layout: see `TokenLayout`, of a generated image's tokens; None = square.
         visual_context: the codes that a visual vector depends on during generation: "full" = all earlier ones
             of its image, as in training; "last" = only its own, as in the published sampler.
+        visual_positions: what is added to a visual vector for its place in the image: "none" as published,
+            "learned_2d" = a trained vector per row and one per column of `token_layout` (none to registers),
+            for images that are read and generated; all images then have `num_image_tokens` tokens.
         image_z_loss_weight: weight of the mean squared largest logit, added to the image's cross entropy.
         text_z_loss_weight: weight of the mean squared log-sum-exp, added to the text's cross entropy (as
             UniToken, 1e-5).
@@ -125,6 +130,7 @@ class UniTokMLLMConfig(PretrainedConfig):
     token_layout: dict[str, int] | None = None
     scales: list[int] | None = None
     visual_context: Literal["full", "last"] | str = "full"
+    visual_positions: Literal["none", "learned_2d"] | str = "none"
     image_z_loss_weight: float | int = 5e-5
     text_z_loss_weight: float | int = 0.0
     visual_input: Literal["discrete", "continuous", "dual"] | str = "discrete"
@@ -180,6 +186,7 @@ class UniTokMLLMConfig(PretrainedConfig):
             "row_norm": ROW_NORMS,
             "input_embedder": INPUT_EMBEDDERS,
             "visual_input": VISUAL_INPUTS,
+            "visual_positions": VISUAL_POSITIONS,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -201,6 +208,8 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"input_embedder = 'tables' has one vector per code, and the scales {self.scales} are read "
                 "as a sum of rows: use 'mlp' or 'projection'."
             )
+        if self.visual_positions != "none":
+            self._check_places()
         if self.token_layout is not None:
             self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
         # The attention of the projection runs at the larger of its two widths.
@@ -216,6 +225,15 @@ class UniTokMLLMConfig(PretrainedConfig):
             raise UserError(
                 f"image_token_id = {self.image_token_id} is also boi, eoi or the ignored label: choose "
                 "another number."
+            )
+
+    def _check_places(self) -> None:
+        layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens)
+        reason = "codes of a pyramid" if self.scales else "a set of tokens" if layout.tokens else None
+        if reason:
+            raise UserError(
+                f"visual_positions = {self.visual_positions!r} needs visual tokens on a grid, and this model "
+                f"has {reason}: set it to 'none'."
             )
 
     def _check_row_blocks(self) -> None:

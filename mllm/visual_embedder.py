@@ -15,6 +15,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 from open_unitok.tokenizer.quantizers.base import normalise_blocks
 from open_unitok.tokenizer.quantizers.residual import next_scale_inputs, sum_scales
+from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .config import UniTokMLLMConfig, check_mllm_quantizer
 
@@ -23,6 +24,8 @@ PROJECTOR_EPS = 1e-6  # as published; the norms of the projection use torch's 1e
 
 class VisualEmbedder(nn.Module):
     """Frozen code rows -> causal attention projection within each image -> MLP.
+
+    With `visual_positions` "learned_2d" the vectors of its row and column in the image are added to each.
 
     `input_embedder` "mlp" leaves out the projection and the MLP's norm; "tables" has trained tables of width
     D instead of rows, and one linear layer.
@@ -43,6 +46,12 @@ class VisualEmbedder(nn.Module):
         self.code_sizes, self.sums_rows = config.book_sizes, config.sums_rows
         # not read from `codebooks`: under ZeRO-3 a parameter's shape is that of its partition
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
+        self.row_embedding = self.column_embedding = None
+        if config.visual_positions == "learned_2d":
+            layout = TokenLayout.from_config(config.token_layout, config.num_image_tokens)
+            self.registers = layout.registers
+            self.row_embedding = nn.Embedding(layout.rows, width)
+            self.column_embedding = nn.Embedding(layout.columns, width)
         self.codebooks = self.projection = self.shared_tables = None
         if config.input_embedder == "tables":
             self.shared_tables = nn.Embedding(config.num_codebooks * config.codebook_size, width)
@@ -68,18 +77,45 @@ class VisualEmbedder(nn.Module):
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """(I, N, K) codes of whole images -> (I, N, D); with scales, one vector per place of the last."""
-        return self.projector(self._project(self.embed(codes)))
+        return self._add_places(self.projector(self._project(self.embed(codes))), 0)
 
-    def step(self, codes: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """One decode step: the next codes (I, n, K) of each image -> (I, n, D); `cache` is from `new_cache`.
+    def step(self, codes: torch.Tensor, cache: KVCache | None, start: int | torch.Tensor) -> torch.Tensor:
+        """One decode step: the next codes (I, n, K) of each image -> (I, n, D).
 
         With the "full" context, steps equal one `forward` over all tokens; with "last" each visual token is
         embedded alone.
+
+        Args:
+            cache: of `new_cache`.
+            start: index in the image of the first of the n tokens; a number or (1,).
         """
         if cache is None:
             alone = self.embed(codes).flatten(0, 1).unsqueeze(1)  # sequences of one token
-            return self.projector(self._project(alone)).view(*codes.shape[:2], -1)
-        return self.projector(self._project(self.embed(codes), cache))
+            vectors = self.projector(self._project(alone)).view(*codes.shape[:2], -1)
+        else:
+            vectors = self.projector(self._project(self.embed(codes), cache))
+        return self._add_places(vectors, start)
+
+    def place_table(self) -> torch.Tensor | None:
+        """(N, D): what is added to each visual token of an image; None without `visual_positions`."""
+        if self.row_embedding is None or self.column_embedding is None:
+            return None
+        # by calls, not by their weights: ZeRO-3 gathers a module's parameters when it is called
+        rows, columns = (
+            table(torch.arange(table.num_embeddings, device=table.weight.device))
+            for table in (self.row_embedding, self.column_embedding)
+        )
+        grid = (rows[:, None] + columns).flatten(0, 1)
+        return F.pad(grid, (0, 0, self.registers, 0))
+
+    def _add_places(self, vectors: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
+        """(I, n, D) vectors of the tokens from `start` on."""
+        table = self.place_table()
+        if table is None:
+            return vectors
+        # a tensor, so that a CUDA graph does not hold the index as a constant
+        index = torch.arange(vectors.shape[1], device=vectors.device) + start
+        return vectors + table[index].to(vectors.dtype)
 
     def new_cache(self, length: int) -> KVCache | None:
         """The KV cache of `step` for up to `length` visual tokens; None with the "last" context, and without
@@ -191,6 +227,11 @@ class VisualEmbedder(nn.Module):
             UserError: codes of another shape, dtype or range than this embedder's.
         """
         check_image_codes(codes, self.code_sizes)
+        if self.row_embedding is not None and codes.shape[1] != self.config.num_image_tokens:
+            raise UserError(
+                f"image_codes have {codes.shape[1]} visual tokens; visual_positions = 'learned_2d' has the "
+                f"places of {self.config.num_image_tokens} (num_image_tokens)."
+            )
         if self.config.scales and codes.shape[1] != self.config.num_codes:
             raise UserError(
                 f"image_codes have {codes.shape[1]} visual tokens; the scales {self.config.scales} take "

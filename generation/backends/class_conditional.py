@@ -36,10 +36,10 @@ class ClassEager(Eager):
         steps = self.steps_to_reserve(given) - given
         self.cache: Any = expand_cache(self.cache, torch.arange(len(rows), device=prefix.device), steps)
 
-    def _feed(self, codes: Tensor) -> None:
-        """Embed the codes (B, 1, K) of the next visual token and run the decoder on them."""
+    def _feed(self, codes: Tensor, start: int | Tensor) -> None:
+        """Embed the codes (B, 1, K) of visual token `start` and run the decoder on them."""
         # the class is at position 0
-        rotary = self.rotary[self.num_read : self.num_read + 1]
+        rotary = self.rotary[start + 1 : start + 2]
         self.hidden = self.model.decode(self._embed(codes), rotary, self.cache)[:, -1]
 
     def _embed(self, codes: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Eager:
         self.embedder_cache: Any = self.model.visual_embedder.new_cache(num_tokens)
         self.hidden, self.num_read = self.decoder.hidden, prefix.shape[1]
         if self.num_read:
-            self._feed(prefix)
+            self._feed(prefix, 0)
 
     def steps_to_reserve(self, num_given: int) -> int:
         """Capacity of the KV cache beyond the prompt."""
@@ -39,12 +39,13 @@ class Eager:
 
     def decode_step(self, codes: Tensor) -> None:
         """Feed the codes (B, K) of the visual token just sampled."""
+        self._feed(codes.unsqueeze(1), self.num_read)
         self.num_read += 1
-        self._feed(codes.unsqueeze(1))
 
-    def _feed(self, codes: Tensor) -> None:
-        """Embed the codes (B, n, K) of the next n visual tokens and run the decoder on them."""
-        vectors = self.model.visual_embedder.step(codes, self.embedder_cache).to(self.hidden.dtype)
+    def _feed(self, codes: Tensor, start: int | Tensor) -> None:
+        """Embed the codes (B, n, K) of the next n visual tokens, of which `start` is the index of the first,
+        and run the decoder on them."""
+        vectors = self.model.visual_embedder.step(codes, self.embedder_cache, start).to(self.hidden.dtype)
         # conditional and unconditional rows get the same image
         self.hidden = self.decoder.decode_step(vectors.repeat(self.rows_per_image, 1, 1))
 

@@ -35,6 +35,7 @@ struct Embedder {
     Norm attention_norm, linear_norm, mlp_norm, gate_norm, projector_norm;
     Matrix query, key, value, out, linear, gate, up, down, first, second;
     float *keys, *values;  // KV cache: (images, heads, capacity, head_dim)
+    const float* places;   // (N, outputs), added to visual token n (VisualEmbedder.place_table), or null
     int64_t books, entries, code_dim, heads, head_dim, capacity;
     int64_t attends_to_earlier;  // 0: a visual token attends only to itself (visual_context "last")
     int64_t sums_rows;  // 0: the K rows of a token are concatenated, 1: they are added
@@ -279,8 +280,12 @@ void run_embedder(
     linear(e.first, &e.second, normed, images, thread, threads, store_gelu);
     team.barrier();
     // conditional and unconditional rows get the same image
+    const float* place = e.places ? e.places + token_index * out : nullptr;
     auto store_copies = [&](int64_t r, int64_t o, const float* y, int64_t count) {
-        for (int64_t c = 0; c < copies; c++) std::memcpy(x + (c * images + r) * out + o, y, count * 4);
+        for (int64_t c = 0; c < copies; c++) {
+            float* to = x + (c * images + r) * out + o;
+            for (int64_t i = 0; i < count; i++) to[i] = place ? y[i] + place[o + i] : y[i];
+        }
     };
     linear(e.second, &e.query, shared.mixed.data(), images, thread, threads, store_copies);
     team.barrier();

@@ -160,6 +160,7 @@ class _WeightStructs:
         query, key, value = attention.qkv.weight.split(width)
         # positional, in the order of the C++ struct's fields
         books, entries, code_dim = embedder.codebooks.shape
+        places = embedder.place_table()
         self.embedder = native_library.Embedder(
             build.floats(embedder.code_table()),
             *map(build.norm, (projection.attention_norm, projection.linear_norm, projection.mlp_norm)),
@@ -168,8 +169,8 @@ class _WeightStructs:
             build.matrix(value, attention.value_bias),
             *map(build.linear, (attention.out, projection.linear, projection.mlp.gate, projection.mlp.up)),
             *map(build.linear, (projection.mlp.down, embedder.projector[1], embedder.projector[3])),
-            None, None, books, entries, code_dim, attention.heads, width // attention.heads, 0, 0,
-            int(model.config.sums_rows),
+            None, None, build.floats(places), books, entries, code_dim, attention.heads,
+            width // attention.heads, 0, 0, int(model.config.sums_rows),
         )  # fmt: skip
 
 

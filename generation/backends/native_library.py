@@ -46,7 +46,7 @@ Embedder = _struct(
     ("codebooks", _POINTER),
     ("attention_norm linear_norm mlp_norm gate_norm projector_norm", Norm),
     ("query key value out linear gate up down first second", Matrix),
-    ("keys values", _POINTER),
+    ("keys values places", _POINTER),
     ("books entries code_dim heads head_dim capacity attends_to_earlier sums_rows", _INT),
 )
 

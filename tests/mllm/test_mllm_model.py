@@ -46,7 +46,9 @@ def test_embedder_step_by_step(tiny, codes, context):
     whole = embedder(codes)
     for pieces in ([1, 1, 1, 1], [2, 1, 1], [4]):
         cache = embedder.new_cache(4)
-        steps = torch.cat([embedder.step(part, cache) for part in codes.split(pieces, dim=1)], dim=1)
+        starts = [sum(pieces[:i]) for i in range(len(pieces))]
+        parts = zip(codes.split(pieces, dim=1), starts)
+        steps = torch.cat([embedder.step(part, cache, start) for part, start in parts], dim=1)
         if context == "full":
             torch.testing.assert_close(steps, whole)
         else:

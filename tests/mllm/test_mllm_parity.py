@@ -22,7 +22,7 @@ def test_embedder(published):
     torch.testing.assert_close(embedder.embed(codes), published.out["embed.dequant"], atol=1e-6, rtol=0)
     vectors = published.model.embed_codes(codes)
     torch.testing.assert_close(vectors, published.out["embed.out"], atol=2e-5, rtol=0)
-    alone = embedder.step(codes[:, -1:], None)
+    alone = embedder.step(codes[:, -1:], None, 0)
     torch.testing.assert_close(alone, published.out["embed.out_last_token_alone"], atol=2e-5, rtol=0)
 
 
@@ -97,7 +97,7 @@ def generate_greedily(model, ids, mask, guidance, context):
         states.append(hidden)
         codes.append(torch.stack(chosen, dim=1))
         logits.append(torch.stack(steps, dim=1))
-        vectors = embedder.step(codes[-1][:, None], cache)
+        vectors = embedder.step(codes[-1][:, None], cache, len(codes) - 1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         output = model(
             inputs_embeds=vectors.repeat(2, 1, 1) if guided else vectors,

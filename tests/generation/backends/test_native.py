@@ -42,7 +42,12 @@ def logits_along(model, codes, name="native"):
 @needs_compiler
 @pytest.mark.parametrize("context", ["full", "last"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"depth_config": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}}]
+    "changes",
+    [
+        {},
+        {"depth_config": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}},
+        {"visual_positions": "learned_2d"},
+    ],
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_native_logits_equal_torch_logits(make_model, context, changes, threads):
