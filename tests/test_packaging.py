@@ -87,6 +87,8 @@ def test_a_wheel(source, tmp_path):
         "configs/constraints.txt",
         "models/scenes/model.safetensors",
         "models/scenes/unitok/model.safetensors",
+        "models/scenes/replay/codes-000000.tar.xz",
+        "models/scenes/replay/replay.json",
         "generation/ui/page.css",
         "eval/core/data/imagenet_classes.json",
     ):

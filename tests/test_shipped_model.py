@@ -2,12 +2,16 @@
 
 import collections
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from open_unitok import Pipeline, Sampling
-from open_unitok.core.files import DEFAULT_MODEL, SHIPPED_MODELS, write_json
+from open_unitok.core.files import DEFAULT_MODEL, REPLAY_FOLDER, SHIPPED_MODELS, write_json
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object
+from open_unitok.training.data.code_shards import CodeFolder
+from open_unitok.training.data.mixture_options import read_replay
+from open_unitok.training.run import load_run_config
 from open_unitok.training.scenes.benchmark_files import sample_test_questions
 from open_unitok.training.scenes.dataset import load_config, scenes_description
 from open_unitok.training.scenes.scene import render, sample_scene
@@ -26,6 +30,23 @@ def test_it_is_small_and_has_a_card():
     assert "make model" in (SHIPPED_MODELS / DEFAULT_MODEL / "README.md").read_text()
     assert (SHIPPED_MODELS / DEFAULT_MODEL / "unitok" / "caption_tokenizer" / "tokenizer.model").exists()
     assert Sampling.from_folder(SHIPPED_MODELS / DEFAULT_MODEL) != Sampling()
+
+
+def test_it_ships_some_of_its_training_data(pipe):
+    """`data.replay`: codes of training scenes by the shipped tokenizer, never of the test split."""
+    folder = SHIPPED_MODELS / DEFAULT_MODEL / REPLAY_FOLDER
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 200e3
+    kinds = {entry.kind: entry.weight for entry in read_replay(folder)}
+    trained = load_run_config("configs/scenes/questions.yaml", []).data.mixture
+    assert kinds == {entry.kind: entry.weight for entry in trained}
+    codes = CodeFolder(folder, pipe.unitok.fingerprint())
+    assert len(codes) >= 1000
+    samples = [codes.read(0, number) for number in range(0, len(codes), 100)]
+    images = [render(sample_scene(CONFIG, "train", int(sample.key))) for sample in samples]
+    expected = pipe.encode_for_reading(images).codes.numpy()
+    stored = np.stack([sample.codes for sample in samples])
+    assert (stored == expected).mean() > 0.98  # a processor may round to a neighbouring entry
+    assert all(len(sample.info[name]) == 1 for sample in samples for name in ("captions", "conversations"))
 
 
 def test_it_generates_the_object_of_the_prompt(pipe, tmp_path):
