@@ -4,6 +4,7 @@ import base64
 import copy
 import ctypes
 import io
+import os
 import pathlib
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 UNCONDITIONAL = [1, 90, 91, 3]
 SAMPLED = Sampling(guidance=3.0, temperature=0.9, top_k=12, top_p=0.95)
 
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+CPU_FLAGS = CPU_INFO.read_text(encoding="utf-8").split() if CPU_INFO.exists() else []
 needs_compiler = pytest.mark.skipif(native_library.load_library() is None, reason="no C++ compiler")
 
 
@@ -251,3 +254,13 @@ def test_peak_memory_with_int8_is_below_float32(make_model, folder, tmp_path):
         command = [sys.executable, "-c", PEAK, str(big), quantization]
         peaks[quantization] = float(subprocess.check_output(command, text=True).split()[-1])
     assert peaks["int8"] < peaks[""] - 0.25 * weights, (peaks, weights)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif("avx512f" not in CPU_FLAGS, reason="the tests above ran without AVX-512")
+def test_the_steps_of_processors_without_avx512_pass_the_same_tests():
+    environment = os.environ | {"UNITOK_NATIVE_MARCH": "x86-64-v3"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-3000:]
