@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         return
     failed = [] if args.table else run_jobs(tasks, workers)
     if distributed.is_main():
-        _write_tables(args.configs, studies)
+        _write_tables(studies)
     for line in failed:
         print(f"unitok: {line}", file=sys.stderr)
     if failed:
@@ -96,13 +96,16 @@ def _print_plan(parts: list[list[Any]], workers: int) -> None:
         print(f"note: {note}")
 
 
-def _write_tables(configs: list[str], studies: list[Any]) -> None:
+def _write_tables(studies: list[Any]) -> None:
     """The files of each study in its OUT, and one page of all of them in the first one's."""
     from open_unitok.study.claims import claims_table
+    from open_unitok.study.jobs import is_finished, study_jobs
     from open_unitok.study.page import study_page
     from open_unitok.study.table import csv_table, markdown_table
 
     for study in studies:
+        for job in study_jobs(study):
+            is_finished(study, job)  # raises for a result of other settings
         write_atomic(Path(study.out, "table.md"), markdown_table(study))
         write_atomic(Path(study.out, "claims.md"), claims_table(study))
         write_atomic(Path(study.out, "table.csv"), csv_table(study))

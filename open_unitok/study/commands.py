@@ -1,5 +1,6 @@
 """The commands of a row, in their order: every one resumes where it was killed and skips what is finished."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from .config import Study
 SHIPPED_DATA = {"tokenizers": "runs/study/emoji", "downstream": "runs/study/scenes"}
 VALIDATION_SEED = 1_000_000  # random numbers of images by which a guidance scale is chosen
 PROBED = ("quantised", "latents")  # what the LLaVA probe reads
+
+
+@functools.cache
+def read_config(config: str, *overrides: str) -> dict[str, Any]:
+    """The plain dict of a run's YAML, read once: rows share it, so it is not to be changed."""
+    return read_yaml(config, overrides)
 
 
 def row_commands(study: Study, name: str, seed: int) -> list[list[str]]:
@@ -25,7 +32,9 @@ def run_folder(study: Study, name: str, seed: int) -> Path:
 def train_command(study: Study, config: str, out: Path, seed: int, changes: dict[str, Any]) -> list[str]:
     """`train CONFIG` with the study's data, and what differs from the config."""
     shipped = SHIPPED_DATA["downstream" if study.downstream else "tokenizers"]
-    moved = _moved(read_yaml(config, study.overrides), shipped, study.data) if study.data != shipped else []
+    moved = (
+        _moved(read_config(config, *study.overrides), shipped, study.data) if study.data != shipped else []
+    )
     given = [f"{key}={value}" for key, value in changes.items()]
     return ["train", config, f"out={out}", f"seed={seed}", *moved, *study.overrides, *given]
 
@@ -47,7 +56,7 @@ def _limit(study: Study) -> list[str]:
 
 def _tokenizers(study: Study, name: str, seed: int) -> list[list[str]]:
     row, run_dir, data = study.rows[name], run_folder(study, name, seed), Path(study.data)
-    config = read_yaml(row.config or "", study.overrides)
+    config = read_config(row.config or "", *study.overrides)
     discrete = config["model"].get("quantizer") != "none"
     reads_captions = config["losses"].get("clip", 1.0) > 0 and config["model"].get("embed_dim", 1) > 0
     pooling = ["--pooling", "quantised" if discrete else "latents"]
@@ -174,7 +183,7 @@ def _joint(
     stages = study.downstream
     assert stages is not None
     config = study.rows[name].joint or stages.joint
-    entries = read_yaml(config, study.overrides)["data"]["mixture"]
+    entries = read_config(config, *study.overrides)["data"]["mixture"]
     changes: dict[str, Any] = {"model.unitok": tokenizer}
     changes |= {f"data.mixture.{i}.path": codes for i in range(len(entries))}
     model, options = run_dir / "joint" / "model", [*stages.sampling]

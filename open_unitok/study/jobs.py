@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 from open_unitok.core.devices import processor_name
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.text_files import read_json
-from open_unitok.training.core.config import to_dict
 from open_unitok.training.run import load_run_config
 
 from .columns import known_columns
-from .commands import row_commands, run_folder
+from .commands import read_config, row_commands, run_folder
 from .config import Study, parse_difference, read_study
 
-PATHS = ("resume_from", "stop_at", "checkpoint", "log", "profile")  # keys of a run that change no result
+UNRELATED = ("resume_from", "stop_at", "checkpoint", "log", "profile")  # keys that change no result
 
 
 class RowRun(NamedTuple):
@@ -71,25 +70,30 @@ def study_jobs(study: Study, seeds: list[int] | None = None, only: list[str] | N
     jobs = []
     for seed in study.seeds if seeds is None else seeds:
         for name, row in study.rows.items():
+            if only and name not in only:
+                continue
             needs = f"{row.after}-{seed}" if row.after else None
             commands = row_commands(study, name, seed)
             result = Path(study.results, name, f"{seed}.json")
             run_dir = run_folder(study, name, seed)
             jobs.append(RowRun(name, seed, commands, run_dir, result, needs, row.minutes))
-    jobs = [job for job in jobs if not only or job.row in only]
     return sorted(jobs, key=lambda job: job.needs is not None)  # stable
 
 
 def settings_digest(study: Study, job: RowRun) -> str:
-    """A hash of everything in a job's configs and commands but paths: other settings are another row."""
+    """A hash of everything that a job's YAMLs and commands say but paths: other settings are another row.
+
+    Defaults are left out, so that a new key of a config does not make finished rows others.
+    """
     settings: list[Any] = []
     for command in job.commands:
         if command[0] != "train":
             settings.append(command)
             continue
-        config: dict[str, Any] = to_dict(load_run_config(command[1], command[2:]))
-        config["engine"].pop("threads")  # of the machine
-        settings.append({key: value for key, value in config.items() if key not in PATHS})
+        config = read_config(command[1], *command[2:])
+        kept = {key: value for key, value in config.items() if key not in UNRELATED}
+        engine = {key: value for key, value in (kept.get("engine") or {}).items() if key != "threads"}
+        settings.append({**kept, "engine": engine})  # threads are of the machine
     text = json.dumps(settings, sort_keys=True)
     for folder, name in ((study.out, "OUT"), (study.data, "DATA")):
         text = text.replace(f"{folder}/", f"{name}/")

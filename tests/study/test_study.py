@@ -236,6 +236,9 @@ def test_results_of_other_settings_are_no_results(tmp_path):
     limited = load_study(write_study(tmp_path, limit=3))
     with pytest.raises(UserError, match=r"other settings \(limit\)"):
         is_finished(limited, study_jobs(limited, [0], ["ibq"])[0])
+    with pytest.raises(SystemExit):
+        main(["study", write_study(tmp_path, overrides=["steps=7"]), "--table"])
+    assert not (tmp_path / "runs").exists()
     job.result.write_text("[]")
     with pytest.raises(UserError, match="other settings"):
         is_finished(study, job)
