@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from open_unitok.core.errors import UserError
 from open_unitok.training.core.config import read_yaml
 
 from .config import Study
@@ -134,11 +135,12 @@ def _classes(
     """The class-conditional model; images without guidance, and by each scale, with two sets of seeds."""
     stages, own = study.downstream, run_dir / "class_codes"
     assert stages is not None
-    out = run_dir / "classes"
+    out, config = run_dir / "classes", study.rows[name].classes or stages.classes
+    _check_depth(study, name, config)
     changes = {"model.unitok": tokenizer, "data.mixture.0.path": own}
     commands = [
         _extract(study, "classes", tokenizer, own),
-        train_command(study, stages.classes, out, seed, changes),
+        train_command(study, config, out, seed, changes),
     ]
     for split, first, scales in (
         ("validation", VALIDATION_SEED, stages.guidance),
@@ -150,6 +152,20 @@ def _classes(
             folder = classes_folder(run_dir, split, scale)
             commands.append(_evaluate(study, ["scene_classes"], out / "model", folder, options, "classes"))
     return commands
+
+
+def _check_depth(study: Study, name: str, config: str) -> None:
+    """Raise UserError where the class-conditional model does not fit the codes: found after hours otherwise."""
+    row = study.rows[name]
+    while row.after:
+        row = study.rows[row.after]
+    codes = read_config(row.config or "", *study.overrides)["model"].get("num_codebooks")
+    layers = read_config(config, *study.overrides)["model"].get("fields", {}).get("depth_layers")
+    if codes is not None and layers is not None and (codes == 1) != (layers == 0):
+        raise UserError(
+            f"{config} has a depth head of {layers} layers, but the tokenizer {codes} codes per token: one "
+            "code needs depth_layers 0, several need more (rows.NAME.classes is a row's own config)."
+        )
 
 
 def classes_folder(run_dir: Path, split: str, scale: float) -> Path:

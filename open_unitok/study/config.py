@@ -23,7 +23,7 @@ class Row:
             whose tokenizer and codes this one uses, without a `config` of its own.
         first: config of a tokenizer that is trained before, from which this one starts (downstream).
         parts: what is trained on its codes (downstream).
-        joint: config of the joint MLLM in place of the study's (downstream).
+        classes, joint: configs in place of the study's (downstream).
         minutes: of one core, for training and measuring, on the machine that the study names.
     """
 
@@ -32,6 +32,7 @@ class Row:
     after: str | None = None
     first: str | None = None
     parts: list[Literal["classes", "probe", "joint"]] = field(default_factory=lambda: list(DOWNSTREAM_PARTS))
+    classes: str | None = None
     joint: str | None = None
     minutes: float = 10.0
 
@@ -175,8 +176,8 @@ class Study:
         if self.downstream is None:
             if row.config is None:
                 raise UserError(f"rows.{name}.config is missing: name the training config.")
-            if row.first or row.joint or row.parts != list(DOWNSTREAM_PARTS):
-                raise UserError(f"rows.{name}: first, parts and joint need the section `downstream`.")
+            if row.first or row.classes or row.joint or row.parts != list(DOWNSTREAM_PARTS):
+                raise UserError(f"rows.{name}: first, parts, classes and joint are for `downstream`.")
         elif (row.config is None) == (row.after is None):
             raise UserError(f"rows.{name} must have either config or after, the row whose tokenizer it uses.")
         elif row.first and row.config is None:
@@ -203,8 +204,9 @@ def read_study(path: str) -> Study:
         beside = os.path.normpath(os.path.join(os.path.dirname(path), config)) if config else None
         return beside if beside and os.path.exists(beside) else config
 
+    configs = ("config", "first", "classes", "joint")
     rows = {
-        name: replace(row, config=find(row.config), first=find(row.first), joint=find(row.joint))
+        name: replace(row, **{key: find(getattr(row, key)) for key in configs})
         for name, row in study.rows.items()
     }
     stages = study.downstream

@@ -8,7 +8,7 @@ from typing import Any
 from open_unitok.eval.report import charts, page
 
 from .claims import OPPOSITE, SEEN, format_finding, study_findings
-from .columns import Column, Table, study_tables
+from .columns import Column, Table, known_columns, study_tables
 from .config import Study
 from .page_style import SCRIPT, STUDY_STYLE
 from .plots import Point, lines_svg, scatter_svg
@@ -24,6 +24,7 @@ from .table import (
     value_of,
 )
 
+Place = tuple[str | None, str]  # a split, or None for the model itself, and a column
 # colours of points: where a row's config lies
 _GROUPS = {
     "unitok": "UniTok and its parts",
@@ -70,10 +71,10 @@ def _sections(study: Study, results: Results) -> list[str]:
     what = "Images of eight classes, without guidance" if study.downstream else f"The first images of {split}"
     return [
         *plots,
+        page.section("Side by side", f"{what}, seed {study.seeds[0]}.", _strips(study)),
         *tables,
         page.section("Why a cell has no value", "", _reasons(study, results)),
         page.section("Claims", "What the paper and its neighbours claim, in this study.", _claims(study)),
-        page.section("Side by side", f"{what}, seed {study.seeds[0]}.", _strips(study)),
         page.section(
             "Loss curves", f"Of seed {study.seeds[0]}.", page.grid(_curves(study, results), "charts")
         ),
@@ -109,10 +110,8 @@ def _mean(results: Results, row: str, split: str | None, key: str) -> float | No
 
 def _tokenizer_plots(study: Study, results: Results) -> list[str]:
     split = study.splits[0]
-    quality = _scatter(study, results, (None, "bits"), (split, "psnr"), "bits per image", "PSNR, dB", True)
-    both = _scatter(
-        study, results, (split, "psnr"), (split, "probe_category"), "PSNR, dB", "probe category", False
-    )
+    quality = _scatter(study, results, (None, "bits"), (split, "psnr"), log=True)
+    both = _scatter(study, results, (split, "psnr"), (split, "probe_category"))
     legend = "".join(f'<i class="key g{i}"></i>{name}' for i, name in enumerate(_GROUPS.values()))
     return [
         page.section("Quality against bits", f"On {split}. {legend}", quality),
@@ -124,17 +123,17 @@ def _tokenizer_plots(study: Study, results: Results) -> list[str]:
     ]
 
 
-def _scatter(
-    study: Study, results: Results, x: tuple, y: tuple, x_title: str, y_title: str, log: bool
-) -> str:
-    points = []
+def _scatter(study: Study, results: Results, x: Place, y: Place, log: bool = False) -> str:
+    axes, points = [known_columns(study)[key] for _, key in (x, y)], []
     for name, row in study.rows.items():
         at = [_mean(results, name, *place) for place in (x, y)]
         if at[0] is not None and at[1] is not None:
             folder = Path(row.config or "").parent.name
             group = list(_GROUPS).index(folder) if folder in _GROUPS else 0
-            points.append(Point(name, at[0], at[1], group, f"{row.title}: {at[0]:.4g}, {at[1]:.4g}"))
-    return f'<figure class="chart">{scatter_svg(points, x_title, y_title, log)}</figure>' if points else ""
+            across, up = at[0] * axes[0].scale, at[1] * axes[1].scale
+            points.append(Point(name, across, up, group, f"{row.title}: {across:.4g}, {up:.4g}"))
+    titles = [axis.title for axis in axes]
+    return f'<figure class="chart">{scatter_svg(points, *titles, log)}</figure>' if points else ""
 
 
 def _downstream_plots(study: Study, results: Results) -> list[str]:

@@ -141,7 +141,7 @@ def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - space, high + space
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
+def ticks(low: float, high: float, count: int = 8) -> list[float]:
     """About `count` round numbers between low and high."""
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))

@@ -22,7 +22,11 @@ DOWNSTREAM = {
 }
 DOWNSTREAM_ROWS = {
     "k8": {"config": "configs/study/downstream/base.yaml", "title": "UniTok 8"},
-    "k1": {"config": "configs/study/downstream/unitok_k1.yaml", "title": "UniTok 1"},
+    "k1": {
+        "config": "configs/study/downstream/unitok_k1.yaml",
+        "classes": "configs/study/downstream/classes_single.yaml",
+        "title": "UniTok 1",
+    },
     "dual": {
         "after": "k8",
         "parts": ["joint"],

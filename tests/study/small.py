@@ -65,7 +65,7 @@ def write_scenes(folder):
 def small_downstream(scenes, folder):
     """Two steps of every training, one guidance scale, an image per class and prompt."""
     raw = read_yaml(DOWNSTREAM)
-    rows = {name: in_place(row, ("config", "first", "joint")) for name, row in raw["rows"].items()}
+    rows = {name: in_place(row, ("config", "first", "classes", "joint")) for name, row in raw["rows"].items()}
     stages = in_place(raw["downstream"], ("classes", "joint"))
     stages["probe"] = [f"configs/study/{config}" for config in stages["probe"]]
     stages |= {"guidance": [2], "images_per_class": 1, "images_per_prompt": 1}

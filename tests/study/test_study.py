@@ -60,7 +60,12 @@ def test_the_rows_fit_their_budgets(shipped):
 
 def test_every_config_of_the_study_folder_is_used(shipped):
     used = {row.config for study in shipped for row in study.rows.values()}
-    used |= {config for study in shipped for row in study.rows.values() for config in (row.first, row.joint)}
+    used |= {
+        config
+        for study in shipped
+        for row in study.rows.values()
+        for config in (row.first, row.classes, row.joint)
+    }
     stages = shipped[1].downstream
     used |= {stages.classes, *stages.probe, stages.joint}
     used = {config.split("configs/study/")[-1] for config in used if config}
@@ -162,7 +167,7 @@ def test_every_setting_counts(tmp_path):
             {"rows": {"base": {**ROWS["base"], "after": "b"}, "b": {**ROWS["ibq"], "after": "base"}}},
             "after is '(b|base)'",
         ),
-        ({"rows": {"base": {**ROWS["base"], "parts": ["probe"]}}}, "need the section `downstream`"),
+        ({"rows": {"base": {**ROWS["base"], "parts": ["probe"]}}}, "are for `downstream`"),
         ({"rows": {}}, "baseline is 'base'"),
         ({"rows": ["base"]}, "rows"),
         ({"seeds": [0, 0]}, "different values"),
@@ -192,6 +197,10 @@ def test_every_setting_counts(tmp_path):
         ({"downstream": {**DOWNSTREAM, "guidance": []}}, "scales above 1"),
         ({"downstream": {**DOWNSTREAM, "images_per_class": 0}}, "must be 1 or more"),
         ({"downstream": {**DOWNSTREAM, "joint": "nowhere.yaml"}}, "row k[18]: nowhere.yaml does not exist"),
+        (
+            {"downstream": DOWNSTREAM, "rows": {"k8": {**DOWNSTREAM_ROWS["k1"], "classes": None}}},
+            "row k8: .*has a depth head of 2 layers, but the tokenizer 1 codes",
+        ),
         (
             {"downstream": DOWNSTREAM, "rows": DOWNSTREAM_ROWS | {"k1": {"title": "x"}}},
             "either config or after",
