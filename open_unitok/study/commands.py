@@ -155,7 +155,7 @@ def _classes(
 
 
 def _check_depth(study: Study, name: str, config: str) -> None:
-    """Raise UserError where the class-conditional model does not fit the codes: found after hours otherwise."""
+    """Raise UserError where the class-conditional model does not fit the codes: before any training."""
     row = study.rows[name]
     while row.after:
         row = study.rows[row.after]
