@@ -18,7 +18,10 @@ main{max-width:1240px}
 .none{color:var(--soft);cursor:help}
 .sortable th{cursor:pointer;user-select:none}
 .sortable th.by{color:var(--accent)}
-.sortable td{padding:6px 12px;line-height:1.3}
+.sortable{font-size:12.5px}
+.sortable td,.sortable th{padding:5px 8px;line-height:1.3}
+.sortable th span{max-width:84px}
+.chip+br+small{display:inline-block;white-space:normal;max-width:230px}
 .reasons{margin:12px 0 0;padding:16px 16px 16px 34px;font-size:13.5px}
 .wide{white-space:normal;min-width:220px;max-width:300px}
 .chip{font-style:normal;font-size:12px;font-weight:600;padding:2px 9px;border-radius:9px}

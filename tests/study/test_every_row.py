@@ -1,10 +1,12 @@
 """Every row of the shipped studies at the scale of seconds; repeated rows give the same numbers."""
 
+import dataclasses
 import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -84,42 +86,38 @@ def test_every_downstream_row_is_trained_and_measured(downstream, monkeypatch):
     assert results["joint_dual"]["reasons"]["psnr"] == "n/a: the tokenizer is that of unitok_k8-0"
 
 
-def test_a_row_killed_at_each_link_goes_on_to_the_same_numbers(downstream, tmp_path, monkeypatch, capsys):
-    """The commands of a row are stopped one after the other, and the study is started anew each time."""
-    job = study_jobs(downstream, [0], ["vqkd"])[0]
-    if not job.result.exists():
-        run_here(downstream, job, monkeypatch)
-    again = type(downstream)(
-        **{**vars(downstream), "out": f"{tmp_path}/runs", "results": f"{tmp_path}/results"}
-    )
-    repeated = study_jobs(again, [0], ["vqkd"])[0]
+def test_a_row_killed_at_each_link_goes_on_to_the_same_numbers(downstream, tmp_path, monkeypatch):
+    """Each command of a row is killed once, a training after one step, and the study is started anew."""
+    row = dataclasses.replace(downstream.rows["unitok_k8"], parts=["classes"])
+    jobs = []
+    for name in ("once", "again"):
+        where = {"out": f"{tmp_path}/{name}", "results": f"{tmp_path}/{name}/results"}
+        study = dataclasses.replace(downstream, **where, rows={"unitok_k8": row}, claims=[])
+        jobs.append((study, study_jobs(study)[0]))
+    run_here(*jobs[0], monkeypatch)
     calls = []
 
-    def stopped(arguments, **_):
-        """Run a command here; the first time that it comes it is killed: a training after one step."""
-        command = arguments[3:] if arguments[2] == "open_unitok" else arguments[2:]
-        first = command not in calls
-        calls.append(command)
+    def killed_once(arguments, **_):
+        module, command = arguments[2], arguments[3:]
+        first = (module, command) not in calls
+        calls.append((module, command))
         if command[0] == "train":
             main([*command, "stop_at=1"] if first else command)
-        elif first:
-            return subprocess.CompletedProcess(arguments, -9)
-        elif arguments[2] == "open_unitok":
+        elif not first and module == "open_unitok":
             main(command)
-        else:
-            monkeypatch.setattr(sys, "argv", command)
-            importlib.import_module(command[0]).main()
+        elif not first:
+            monkeypatch.setattr(sys, "argv", [module, *command])
+            importlib.import_module(module).main()
         return subprocess.CompletedProcess(arguments, -9 if first else 0)
 
-    monkeypatch.setattr(run.subprocess, "run", stopped)
+    fake = types.SimpleNamespace(run=killed_once, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(run, "subprocess", fake)
     starts = 0
-    while run_jobs([(again, repeated)], 1):
+    while run_jobs([jobs[1]], 1):
         starts += 1
-        assert starts <= len(job.commands) + 1
-    assert starts == len(job.commands) + 1  # each one was killed once, and so was the measuring
-    assert same(job) == same(repeated)
-    assert run_jobs([(again, repeated)], 1) == []  # finished: nothing is started
-    assert len(calls) == len({tuple(c) for c in calls}) + sum(range(1, len(job.commands) + 2))
+    assert starts == len(jobs[1][1].commands) + 1  # the last one measures
+    assert same(jobs[0][1]) == same(jobs[1][1])
+    assert run_jobs([jobs[1]], 1) == [] and len(calls) == sum(range(1, starts + 1)) + starts
 
 
 def same(job):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import types
 from importlib.resources import files
 
 import pytest
@@ -251,6 +253,48 @@ def test_results_of_other_settings_are_no_results(tmp_path):
     job.result.write_text("[]")
     with pytest.raises(UserError, match="other settings"):
         is_finished(study, job)
+
+
+# ---- kills -------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_killed_at_each_link_goes_on(tmp_path, monkeypatch, capsys):
+    """Commands that fail once each stand for kills: the chain stops there, and starts from there again."""
+    monkeypatch.setattr("open_unitok.study.run.missing_data", lambda study: "")
+    study = load_study(write_study(tmp_path, downstream=DOWNSTREAM, seeds=[0]))
+    jobs = study_jobs(study, only=["k8", "dual"])
+    done, started = set(), []
+
+    def killed_once(arguments, env, **_):
+        assert env["OMP_NUM_THREADS"] == "1" and "RANK" not in env
+        command = tuple(arguments[2:])
+        started.append(command)
+        first = command not in done
+        done.add(command)
+        if command[0].endswith("measure_downstream") and not first:
+            about = json.loads(command[1])
+            path = tmp_path / "results" / about["known"]["row"] / "0.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**about["known"], "columns": {}, "splits": {}, "images": {}}))
+        return subprocess.CompletedProcess(arguments, -9 if first else 0)
+
+    # the module's name, not subprocess.run, which others use
+    fake = types.SimpleNamespace(run=killed_once, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("open_unitok.study.run.subprocess", fake)
+    monkeypatch.setenv("RANK", "0")
+    tasks = [(study, job) for job in jobs]
+    starts = 0
+    while lines := run_jobs(tasks, 1):
+        starts += 1
+        # the row that uses another's codes waits for it, and is not tried where that failed
+        assert lines[0].startswith("k8-0: `") == (len(lines) == 2) and "failed with -9" in "".join(lines)
+        assert len(lines) == 1 or lines[1] == "dual-0: the row that it starts from failed"
+    # what both have in common, tokenizer and codes, is killed once only
+    assert starts == len(jobs[0].commands) + 1 + len(jobs[1].commands) + 1 - 2
+    before = len(started)
+    assert run_jobs(tasks, 1) == [] and len(started) == before
+    (tmp_path / "results" / "k8" / "0.json").unlink()
+    assert run_jobs(tasks, 1) == [] and len(started) == before + len(jobs[0].commands) + 1
 
 
 # ---- what this machine lacks -------------------------------------------------------------------------------
