@@ -3,15 +3,16 @@
 import dataclasses
 import importlib
 import json
-import os
 import subprocess
 import sys
 import types
 
 import pytest
+import yaml
 
 from open_unitok.cli.main import main
-from open_unitok.study import run
+from open_unitok.eval.tokenizer import linear_probe
+from open_unitok.study import measure, run
 from open_unitok.study.columns import study_tables
 from open_unitok.study.jobs import study_jobs
 from open_unitok.study.run import run_jobs
@@ -39,7 +40,15 @@ def downstream(tmp_path_factory):
     return small_downstream(scenes, tmp_path_factory.mktemp("downstream"))
 
 
-def test_every_tokenizer_trains_and_is_measured(study, monkeypatch):
+@pytest.fixture
+def few_repeats(monkeypatch):
+    """What takes most of the time of a small row, and is not what these tests are about."""
+    monkeypatch.setattr(measure, "TIMED_REPEATS", 1)
+    monkeypatch.setattr(measure, "TIMED_BATCH", 2)
+    monkeypatch.setattr(linear_probe, "LBFGS_STEPS", 5)
+
+
+def test_every_tokenizer_trains_and_is_measured(study, monkeypatch, few_repeats):
     results = {job.row: run_here(study, job, monkeypatch) for job in study_jobs(study)}
     assert results.keys() == study.rows.keys()
     for name, result in results.items():
@@ -69,7 +78,7 @@ def study_results(study, name, suffix):
     return study_jobs(study, [0], [name])[0].result.with_suffix(suffix)
 
 
-def test_every_downstream_row_is_trained_and_measured(downstream, monkeypatch):
+def test_every_downstream_row_is_trained_and_measured(downstream, monkeypatch, few_repeats):
     results = {job.row: run_here(downstream, job, monkeypatch) for job in study_jobs(downstream)}
     assert results.keys() == downstream.rows.keys()
     keys = {column.key for table in study_tables(downstream) for column in table.columns}
@@ -129,33 +138,27 @@ def same(job):
 
 
 def test_a_killed_tokenizer_goes_on_and_repeats_to_the_same_numbers(study, tmp_path, monkeypatch, capsys):
-    once = study_jobs(study, [0], ["base"])[0]
-    if not once.result.exists():
-        run_here(study, once, monkeypatch)
-    again = type(study)(**{**vars(study), "out": f"{tmp_path}/runs", "results": f"{tmp_path}/results"})
-    job = study_jobs(again, [0], ["base"])[0]
-    main([*job.commands[0], "stop_at=1"])  # what a kill leaves
+    tasks = []
+    for name in ("once", "again"):
+        changed = dataclasses.replace(study, out=f"{tmp_path}/{name}", results=f"{tmp_path}/{name}/results")
+        tasks.append((changed, study_jobs(changed, [0], ["base"])[0]))
+    run_here(*tasks[0], monkeypatch)
+    main([*tasks[1][1].commands[0], "stop_at=1"])  # what a kill leaves
     capsys.readouterr()
-    assert run_jobs([(again, job)], 1) == []  # in processes of their own
+    assert run_jobs(tasks[1:], 1) == []  # in processes of their own
     assert "base-0: started" in capsys.readouterr().out
-    assert same(once) == same(job)
-    assert run_jobs([(again, job)], 1) == [] and "started" not in capsys.readouterr().out
+    assert same(tasks[0][1]) == same(tasks[1][1])
+    assert run_jobs(tasks[1:], 1) == [] and "started" not in capsys.readouterr().out
 
 
 def test_a_row_that_fails_is_named_and_the_others_are_run(study, tmp_path):
-    rows = {"base": study.rows["base"], "bad": study.rows["base"]}
-    changed = type(study)(
-        **{
-            **vars(study),
-            "out": f"{tmp_path}/runs",
-            "results": f"{tmp_path}/results",
-            "rows": rows,
-            "claims": [],
-            "overrides": [*study.overrides, "data.sources.0.path=nowhere/*.tar"],
-        }
-    )
-    failed = run_jobs([(changed, job) for job in study_jobs(changed)], 2)
-    assert len(failed) == 2 and all("failed with 2" in line and ".log" in line for line in failed)
+    wrong = {"inherits": study.rows["base"].config, "data": {"sources": [{"path": "nowhere/*.tar"}]}}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(wrong))
+    bad = dataclasses.replace(study.rows["base"], config=str(tmp_path / "bad.yaml"))
+    where = {"out": f"{tmp_path}/runs", "results": f"{tmp_path}/results"}
+    changed = dataclasses.replace(study, **where, rows={"bad": bad, "base": study.rows["base"]}, claims=[])
+    (line,) = run_jobs([(changed, job) for job in study_jobs(changed)], 2)
+    assert line.startswith("bad-0: `open_unitok train") and "failed with 2" in line and ".log" in line
     log = (tmp_path / "runs" / "logs" / "bad-0.log").read_text()
     assert "unitok: error:" in log and "nowhere" in log
-    assert os.listdir(tmp_path / "runs" / "logs")
+    assert (tmp_path / "results" / "base" / "0.json").exists()
