@@ -132,8 +132,8 @@ def _scatter(study: Study, results: Results, x: Place, y: Place, log: bool = Fal
             group = list(_GROUPS).index(folder) if folder in _GROUPS else 0
             across, up = at[0] * axes[0].scale, at[1] * axes[1].scale
             points.append(Point(name, across, up, group, f"{row.title}: {across:.4g}, {up:.4g}"))
-    titles = [axis.title for axis in axes]
-    return f'<figure class="chart">{scatter_svg(points, *titles, log)}</figure>' if points else ""
+    svg = scatter_svg(points, axes[0].title, axes[1].title, log) if points else ""
+    return f'<figure class="chart">{svg}</figure>' if svg else ""
 
 
 def _downstream_plots(study: Study, results: Results) -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import make_folder
@@ -71,7 +73,7 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
     if distributed.world_size() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(distributed.local_rank())
     with open(log, "a", encoding="utf-8") as file:
-        for command in [["open_unitok", *c] for c in job.commands] + [measure_command(study, job)]:
+        for command in [_on_device(c) for c in job.commands] + [measure_command(study, job)]:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             done = subprocess.run(
@@ -81,6 +83,12 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
                 return f"{job.name}: `{' '.join(command[:3])}` failed with {done.returncode}, see {log}"
     print(f"{job.name}: finished after {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
     return ""
+
+
+def _on_device(command: list[str]) -> list[str]:
+    """A command for `python -m`; training and extract-codes take a GPU by themselves, evaluation is told."""
+    evaluates = command[:2] == ["eval", "run"] and torch.cuda.is_available()
+    return ["open_unitok", *command, *(["--device", "cuda"] if evaluates else [])]
 
 
 def measure_command(study: Study, job: RowRun) -> list[str]:
