@@ -16,7 +16,7 @@ PROBED = ("quantised", "latents")  # what the LLaVA probe reads
 
 
 @functools.cache
-def read_config(config: str, *overrides: str) -> dict[str, Any]:
+def row_config(config: str, *overrides: str) -> dict[str, Any]:
     """The plain dict of a run's YAML, read once: rows share it, so it is not to be changed."""
     return read_yaml(config, overrides)
 
@@ -33,9 +33,7 @@ def run_folder(study: Study, name: str, seed: int) -> Path:
 def train_command(study: Study, config: str, out: Path, seed: int, changes: dict[str, Any]) -> list[str]:
     """`train CONFIG` with the study's data, and what differs from the config."""
     shipped = SHIPPED_DATA["downstream" if study.downstream else "tokenizers"]
-    moved = (
-        _moved(read_config(config, *study.overrides), shipped, study.data) if study.data != shipped else []
-    )
+    moved = _moved(row_config(config, *study.overrides), shipped, study.data) if study.data != shipped else []
     given = [f"{key}={value}" for key, value in changes.items()]
     return ["train", config, f"out={out}", f"seed={seed}", *moved, *study.overrides, *given]
 
@@ -57,7 +55,7 @@ def _limit(study: Study) -> list[str]:
 
 def _tokenizers(study: Study, name: str, seed: int) -> list[list[str]]:
     row, run_dir, data = study.rows[name], run_folder(study, name, seed), Path(study.data)
-    config = read_config(row.config or "", *study.overrides)
+    config = row_config(row.config or "", *study.overrides)
     discrete = config["model"].get("quantizer") != "none"
     reads_captions = config["losses"].get("clip", 1.0) > 0 and config["model"].get("embed_dim", 1) > 0
     pooling = ["--pooling", "quantised" if discrete else "latents"]
@@ -159,8 +157,8 @@ def _check_depth(study: Study, name: str, config: str) -> None:
     row = study.rows[name]
     while row.after:
         row = study.rows[row.after]
-    codes = read_config(row.config or "", *study.overrides)["model"].get("num_codebooks")
-    layers = read_config(config, *study.overrides)["model"].get("fields", {}).get("depth_layers")
+    codes = row_config(row.config or "", *study.overrides)["model"].get("num_codebooks")
+    layers = row_config(config, *study.overrides)["model"].get("fields", {}).get("depth_layers")
     if codes is not None and layers is not None and (codes == 1) != (layers == 0):
         raise UserError(
             f"{config} has a depth head of {layers} layers, but the tokenizer {codes} codes per token: one "
@@ -199,7 +197,7 @@ def _joint(
     stages = study.downstream
     assert stages is not None
     config = study.rows[name].joint or stages.joint
-    entries = read_config(config, *study.overrides)["data"]["mixture"]
+    entries = row_config(config, *study.overrides)["data"]["mixture"]
     changes: dict[str, Any] = {"model.unitok": tokenizer}
     changes |= {f"data.mixture.{i}.path": codes for i in range(len(entries))}
     model, options = run_dir / "joint" / "model", [*stages.sampling]

@@ -13,7 +13,7 @@ from open_unitok.core.text_files import read_json
 from open_unitok.training.run import load_run_config
 
 from .columns import known_columns
-from .commands import read_config, row_commands, run_folder
+from .commands import row_commands, row_config, run_folder
 from .config import Study, parse_difference, read_study
 
 UNRELATED = ("resume_from", "stop_at", "checkpoint", "log", "profile")  # keys that change no result
@@ -90,7 +90,7 @@ def settings_digest(study: Study, job: RowRun) -> str:
         if command[0] != "train":
             settings.append(command)
             continue
-        config = read_config(command[1], *command[2:])
+        config = row_config(command[1], *command[2:])
         kept = {key: value for key, value in config.items() if key not in UNRELATED}
         engine = {key: value for key, value in (kept.get("engine") or {}).items() if key != "threads"}
         settings.append({**kept, "engine": engine})  # threads are of the machine

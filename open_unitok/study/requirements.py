@@ -9,7 +9,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.frozen.efficientnet import LITE0, LITE0_PACKAGES
 from open_unitok.tokenizer.words import vectors_path
 
-from .commands import read_config
+from .commands import row_config
 from .config import Study
 from .jobs import RowRun
 
@@ -44,7 +44,7 @@ def missing_for(job: RowRun) -> str:
     reasons = []
     for command in job.commands:
         if command[0] == "train":
-            reasons += _missing(read_config(command[1], *command[2:]))
+            reasons += _missing(row_config(command[1], *command[2:]))
     return "; ".join(dict.fromkeys(reasons))
 
 
