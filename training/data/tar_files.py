@@ -133,7 +133,7 @@ class StreamedTar:
             self.problem = str(error) or type(error).__name__
 
 
-class _Limited(io.RawIOBase):
+class _Limited(io.BufferedIOBase):
     """A file that breaks after `limit` bytes."""
 
     def __init__(self, file: IO[bytes], limit: int):
