@@ -1,7 +1,7 @@
 """What a small decoder needs to learn where the objects of an image stand: steps until 90 % of the held-out
 questions of a kind are right, with one thing changed at a time (docs/experiments/binding.md).
 
-    python benchmarks/binding.py --sweep optimizer positions [--seeds 0 1 2]    # only rows that are missing
+    python benchmarks/binding.py --sweep base training [--seeds 0 1 2]        # only rows that are missing
     python benchmarks/binding.py --set positions=learned lr=0.01                # one run, not stored
     python benchmarks/binding.py --table
 
@@ -42,32 +42,35 @@ POOL = 20_000  # rendered scenes
 
 
 LEARNED = {"positions": "learned"}
+SHORT = {"steps": 1500, **LEARNED}
 # losses, weights and questions as in configs/scenes/finetune.yaml and its data
 MIXTURE = {"captions": 0.18, "images": 0.42, "text": 5.0, "shares": (3.0, 1.0, 2.0, 0.5, 0.5, 1.5, 1.5)}
+PLACES = {"captions": 0.1, "images": 0.2, "shares": (1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0)}
 CONVERSATIONS = {"turns": 2, "filler": 4}
-LIKE_SCENES = {"tokens": 4, **CONVERSATIONS, **MIXTURE}
-RENDERED = {"code": "scenes", "embedder": "projection", **LIKE_SCENES}
-CHANGES: list[dict[str, Any]] = [
-    *({"optimizer": "adamw", "lr": lr} for lr in (1e-3, 3e-3)),
-    *({"lr": lr} for lr in (2e-3, 1e-2, 2e-2)),
-    *({"batch": batch} for batch in (16, 256)),
-    *({"depth": depth} for depth in (2, 6, 8)),
-    {"bidirectional": True}, {"code": "factored"}, {"describe": True}, {"captions": 0.5}, {"one_object": 300},
-    {"shares": (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0)}, {"shares": (3.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0)},
-    {"schedule": "lin00"}, {"rope_theta": 100.0}, {"init": 0.02}, {"tokens": 4}, CONVERSATIONS, MIXTURE,
-]  # fmt: skip
+RENDERED = {"code": "scenes", "embedder": "projection", "tokens": 4, **CONVERSATIONS}
+LIKE_SCENES = {**RENDERED, **MIXTURE}
 # sweep -> what is changed; each row is a run per seed
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "base": [{}, LEARNED],
-    "positions": [
-        *({**LEARNED, "position_norm": norm} for norm in (0.1, 0.3, 3.0)),
-        *({"positions": "sinusoidal", "position_norm": norm} for norm in (0.3, 1.0)),
+    "positions": [{**SHORT, "position_norm": 0.3}, {"positions": "sinusoidal", "steps": 1500}],
+    "training": [
+        *({**SHORT, "optimizer": "adamw", "lr": lr} for lr in (1e-3, 3e-3)),
+        {**SHORT, "optimizer": "adamw", "lr": 1e-3, "init": 0.02}, {**SHORT, "init": 0.02},
+        *({**SHORT, "lr": lr} for lr in (2e-3, 1e-2)),
+        {**SHORT, "schedule": "lin00"}, {**SHORT, "batch": 16}, {**SHORT, "batch": 256},
     ],
-    "changes": CHANGES,
-    "changes_with_positions": [{**changes, **LEARNED} for changes in CHANGES],
-    "like_scenes": [LIKE_SCENES, {**LIKE_SCENES, **LEARNED}],
-    "rendered": [RENDERED, {**RENDERED, **LEARNED}],
-}
+    "model": [
+        *({**SHORT, "depth": depth} for depth in (2, 8)), {**SHORT, "code": "factored"},
+        {"steps": 1500, "bidirectional": True}, {"steps": 1500, "rope_theta": 100.0},
+    ],
+    "data": [
+        {**SHORT, "describe": True}, {**SHORT, "captions": 0.5}, {**SHORT, "one_object": 300},
+        {**SHORT, "tokens": 4}, {**SHORT, **CONVERSATIONS}, {**SHORT, **MIXTURE},
+    ],
+    "rendered": [
+        LIKE_SCENES, {**LIKE_SCENES, **LEARNED}, {**LIKE_SCENES, **PLACES, **LEARNED}, {**RENDERED, **SHORT},
+    ],
+}  # fmt: skip
 
 
 # ---- training ----------------------------------------------------------------------------------------------

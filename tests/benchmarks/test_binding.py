@@ -173,7 +173,7 @@ def test_positions_have_the_norm_of_the_visual_vectors(script, kind):
     torch.manual_seed(0)
     model = script.Decoder(setting)
     codes = script.Source(setting).sample(64, rng()).codes
-    plain = model.visual(codes).square().mean().sqrt()
+    plain = model.visual(codes).detach().square().mean().sqrt()
     model.init_positions(codes)
     places = (model.embed(codes) - model.visual(codes)).detach()
     assert float(places.square().mean().sqrt() / plain) == pytest.approx(2.0, rel=0.15)
