@@ -43,6 +43,7 @@ POOL = 20_000  # rendered scenes
 
 LEARNED = {"positions": "learned"}
 SHORT = {"steps": 1500, **LEARNED}
+SLOW = {"lr": 2e-3, **SHORT}
 # losses, weights and questions as in configs/scenes/finetune.yaml and its data
 MIXTURE = {"captions": 0.18, "images": 0.42, "text": 5.0, "shares": (3.0, 1.0, 2.0, 0.5, 0.5, 1.5, 1.5)}
 PLACES = {"captions": 0.1, "images": 0.2, "shares": (1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0)}
@@ -55,20 +56,22 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "positions": [{**SHORT, "position_norm": 0.3}, {"positions": "sinusoidal", "steps": 1500}],
     "training": [
         *({**SHORT, "optimizer": "adamw", "lr": lr} for lr in (1e-3, 3e-3)),
-        {**SHORT, "optimizer": "adamw", "lr": 1e-3, "init": 0.02}, {**SHORT, "init": 0.02},
-        *({**SHORT, "lr": lr} for lr in (2e-3, 1e-2)),
-        {**SHORT, "schedule": "lin00"}, {**SHORT, "batch": 16}, {**SHORT, "batch": 256},
+        *({**SHORT, "lr": lr} for lr in (2e-3, 1e-2)), {"lr": 2e-3, "steps": 1500},
+        {**SHORT, "schedule": "lin00"}, {**SHORT, "init": 0.02},
+        {**SHORT, "optimizer": "adamw", "lr": 1e-3, "init": 0.02},
+        *({**SLOW, "batch": batch} for batch in (16, 256)),
     ],
     "model": [
-        *({**SHORT, "depth": depth} for depth in (2, 8)), {**SHORT, "code": "factored"},
-        {"steps": 1500, "bidirectional": True}, {"steps": 1500, "rope_theta": 100.0},
+        *({**SLOW, "depth": depth} for depth in (2, 6, 8)), {**SLOW, "code": "factored"},
+        {**SLOW, "rope_theta": 100.0}, {**SLOW, "bidirectional": True},
+        {"lr": 2e-3, "steps": 1500, "bidirectional": True},
     ],
     "data": [
-        {**SHORT, "describe": True}, {**SHORT, "captions": 0.5}, {**SHORT, "one_object": 300},
-        {**SHORT, "tokens": 4}, {**SHORT, **CONVERSATIONS}, {**SHORT, **MIXTURE},
+        *({**SLOW, **change} for change in ({"describe": True}, {"captions": 0.5}, {"one_object": 300})),
+        *({**SLOW, **change} for change in ({"tokens": 4}, CONVERSATIONS, MIXTURE)),
     ],
     "rendered": [
-        LIKE_SCENES, {**LIKE_SCENES, **LEARNED}, {**LIKE_SCENES, **PLACES, **LEARNED}, {**RENDERED, **SHORT},
+        LIKE_SCENES, {**LIKE_SCENES, **LEARNED}, {**LIKE_SCENES, **PLACES, **LEARNED}, {**RENDERED, **SLOW},
     ],
 }  # fmt: skip
 
@@ -268,18 +271,21 @@ def table(rows: dict[str, Any], sweeps: list[str]) -> str:
 def cell(rows: list[dict[str, Any]], kind: str) -> str:
     """Median and range of steps; of runs that did not learn it, the best accuracy in %."""
     steps = sorted(row["learnt"][kind] for row in rows if row["learnt"][kind] is not None)
-    missing = [max(row["curves"][kind]) for row in rows if row["learnt"][kind] is None]
-    parts = []
-    if steps:
-        spread = f" ({steps[0]}-{steps[-1]})" if len(steps) > 1 else ""
-        parts.append(f"{statistics.median(steps):g}{spread}")
-    if missing:
+    best = sorted(max(row["curves"][kind]) for row in rows if row["learnt"][kind] is None)
+    parts = [f"{statistics.median(steps):g}{spread(steps)}"] if steps else []
+    if best:
+        count = f"{len(best)}x " if len(rows) > 1 else ""
         parts.append(
-            f"{len(missing)}x never: {min(missing)}-{max(missing)} %"
-            if len(rows) > 1
-            else f"never: {missing[0]} %"
+            f"{count}never: {best[0]} %"
+            if best[0] == best[-1]
+            else f"{count}never: {best[0]} to {best[-1]} %"
         )
     return ", ".join(parts)
+
+
+def spread(steps: list[int]) -> str:
+    """The range of several steps in brackets."""
+    return f" ({steps[0]} to {steps[-1]})" if steps[0] != steps[-1] else ""
 
 
 if __name__ == "__main__":

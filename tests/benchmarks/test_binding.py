@@ -251,7 +251,7 @@ def test_the_table_shows_seeds_that_learnt_and_that_did_not(script, monkeypatch)
         }
 
     rows = {"base | seed 0": row(300, 92), "base | seed 1": row(None, 61), "base | seed 2": row(500, 90)}
-    assert "| base | 3 | 400 (300-500), 1x never: 61-61 % |" in script.table(rows, ["a"])
+    assert "| base | 3 | 400 (300 to 500), 1x never: 61 % |" in script.table(rows, ["a"])
 
 
 def test_a_wrong_setting_is_refused(script):
