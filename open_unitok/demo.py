@@ -6,8 +6,11 @@ Each command skips finished work and resumes interrupted work, so a killed demo 
 
 import contextlib
 import importlib.resources
+import os
 import re
 import shlex
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -18,8 +21,9 @@ from typing import Any
 from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder, write_atomic, write_json
-from open_unitok.core.processes import FolderLock
+from open_unitok.core.processes import FolderLock, die_with_parent
 from open_unitok.core.text_files import read_json
+from open_unitok.training.core.config import read_yaml
 
 DEMO_DIR = "runs/demo"
 # config -> the phase that uses it
@@ -41,11 +45,13 @@ _QUESTION = "How many objects are there?"
 _SAMPLING = ("--guidance", "3.0", "--temperature", "0.3")
 
 
-def run_demo(out: Path, configs: str | None = None) -> None:
+def run_demo(out: Path, configs: str | None = None, processes: int | None = None) -> None:
     """Run the phases that are not finished yet, write OUT/report.html and print the table of results.
 
     Args:
         configs: folder with the files of `DEMO_CONFIGS`; None = the shipped ones.
+        processes: that train together, of one thread each; 1 = this process with all threads; None = one per
+            core, or 1 with a GPU.
 
     Raises:
         UserError: a config is invalid or has changed since its phase started, or another demo runs in `out`.
@@ -63,7 +69,7 @@ def run_demo(out: Path, configs: str | None = None) -> None:
             with timings.phase(name):
                 for command in commands:
                     print(f"$ unitok {shlex.join(command)}", flush=True)
-                    run_command(command)
+                    run_phase_command(command, processes)
         # deferred: `unitok demo --help` must not load torch
         from open_unitok.eval.report.demo import write_report
         from open_unitok.eval.report.demo_run import text_table
@@ -71,6 +77,66 @@ def run_demo(out: Path, configs: str | None = None) -> None:
         # reads the files of the phases, so that a finished demo can be reported again
         write_report(out, timings.rows)
         print(f"\n{text_table(out)}\n\n{timings.summary()}; the report is {out / 'report.html'}")
+
+
+def run_phase_command(command: list[str], processes: int | None) -> None:
+    """Run one `unitok` command; training runs as `processes` processes of one thread each.
+
+    Threads of one process wait for each other at every operator, and spin while they wait, which makes steps
+    beside other work five to ten times slower. Processes wait once in a step.
+
+    Raises:
+        UserError: a process failed; it has printed why.
+    """
+    if command[0] != "train" or (count := training_processes(command[1], processes)) == 1:
+        run_command(command)
+        return
+    with socket.socket() as free:  # a port that nobody uses
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    workers: list[subprocess.Popen[bytes]] = []
+    # also by kill -9: the next call needs the run directory
+    end = die_with_parent if sys.platform == "linux" else None
+    try:
+        for rank in range(count):
+            own = {**launch, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "open_unitok", *command],
+                    env=environment,
+                    preexec_fn=end,
+                )
+            )
+        # one that fails leaves the others waiting for it
+        codes = [worker.poll() for worker in workers]
+        while None in codes and not any(codes):
+            time.sleep(0.1)
+            codes = [worker.poll() for worker in workers]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+    if any(worker.returncode for worker in workers):
+        raise UserError(f"`unitok {shlex.join(command)}` failed, see above; `unitok demo` resumes it.")
+
+
+def training_processes(config: str, wanted: int | None) -> int:
+    """How many processes train a config: `wanted` or one per core, as far as its batch divides."""
+    if wanted is None:
+        import torch  # deferred: `unitok demo --help` must not load it
+
+        wanted = 1 if torch.cuda.is_available() else _cores()
+    batch = read_yaml(config)["batch_size"]
+    return max(count for count in range(1, max(wanted, 1) + 1) if batch % count == 0)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def phase_commands(out: Path) -> list[tuple[str, list[list[str]]]]:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from open_unitok import demo as demo_module
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.core.processes import FolderLock
-from open_unitok.demo import Timings, read_configs, run_demo, write_configs
+from open_unitok.demo import Timings, read_configs, run_demo, training_processes, write_configs
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, same_scene
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import to_pil
@@ -130,6 +131,32 @@ def test_invalid_configs_stop_before_anything_is_written(tmp_path, capsys, confi
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_training_runs_as_processes_that_divide_the_batch(tmp_path, monkeypatch, capfd):
+    """One thread each, all with the launch's variables; one that fails ends the others."""
+    config = tmp_path / "train.yaml"
+    config.write_text("batch_size: 12\n")
+    assert [training_processes(str(config), n) for n in (1, 2, 5, 6, 64)] == [1, 2, 4, 6, 12]
+    (tmp_path / "open_unitok.py").write_text(
+        "import os, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        "print(sys.argv[1], rank, os.environ['WORLD_SIZE'], os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "open('pid' + rank, 'w').write(str(os.getpid()))\n"
+        "bad = sys.argv[2].endswith('bad.yaml')\n"
+        "while bad and not os.path.exists('pid0'): time.sleep(0.01)\n"
+        "sys.exit(3) if bad and rank == '1' else time.sleep(60 * bad)\n"
+    )
+    monkeypatch.chdir(tmp_path)  # -m looks here first
+    demo_module.run_phase_command(["train", str(config)], 2)
+    assert sorted(capfd.readouterr().out.splitlines()) == ["train 0 2 1", "train 1 2 1"]
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("batch_size: 2\n")
+    (tmp_path / "pid0").unlink()
+    with pytest.raises(UserError, match="failed, see above"):
+        demo_module.run_phase_command(["train", str(bad)], 2)
+    with pytest.raises(ProcessLookupError):  # it would sleep for a minute
+        os.kill(int((tmp_path / "pid0").read_text()), 0)
 
 
 def test_a_config_may_change_until_its_phase_has_started(tmp_path):

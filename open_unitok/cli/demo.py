@@ -12,8 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--configs", help=f"folder with {', '.join(DEMO_CONFIGS)} (default: the shipped ones)"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="that train together, one thread each; 1: all threads (default: one per core)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the unfinished phases and print the table of results."""
-    run_demo(Path(args.out), args.configs)
+    run_demo(Path(args.out), args.configs, args.processes)
