@@ -51,8 +51,6 @@ class DepthHead(nn.Module):
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         self.code_sizes = config.code_sizes  # None = all sub-codebooks have `codebook_size` entries
         own = depth.hidden_size
-        # runs layers and norm in training on a CPU, see training/mllm/fused_layers.py
-        self.fused_layers: Any = None
         self.reduce = nn.Linear(width, own, bias=False) if own != width else None
         if options.tables == "own":
             # K-1 tables in one: the last code is never an input
@@ -88,13 +86,10 @@ class DepthHead(nn.Module):
         state = torch.cat([self._enter(hidden), self.embed_rows(codes[:, :-1] + offsets)], dim=1)
         if residual_dtype is not None:
             state = state.to(residual_dtype)
-        if self.fused_layers and self.training:
-            state = self.fused_layers(state, self._rotary_tables(state.float()))
-        else:
-            rotary = self._rotary_tables(state)
-            for layer in self.layers:
-                state = layer(state, position_embeddings=rotary)
-            state = self.norm(state)
+        rotary = self._rotary_tables(state)
+        for layer in self.layers:
+            state = layer(state, position_embeddings=rotary)
+        state = self.norm(state)
         if self.options.outputs == "shared":
             logits = self.output(state)
             if self.code_sizes is None:

@@ -80,8 +80,6 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         self.depth_head = DepthHead(config, text.hidden_size, self.visual_embedder.shared_tables)
         # of the sums over layers in training under autocast; None = that of the weights
         self.residual_dtype: torch.dtype | None = None
-        # runs the decoder in training on a CPU, see training/mllm/fused_layers.py
-        self.fused_decoder: Any = None
         self._reads_raw_states = config.depth.context == "raw"
         if self._reads_raw_states:
             check_final_norm(self.language_model)
@@ -157,46 +155,6 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = bool(getattr(self.config, name, False))
-        plain = past_key_values is None and not use_cache
-        plain = plain and all(value is None or value is False for value in kwargs.values())
-        if self.fused_decoder and self.training and plain and plan.bounds and position_ids is not None:
-            output = self.fused_decoder(inputs_embeds, position_ids, plan.bounds.lengths)
-            hidden, states = output.last_hidden_state, output.hidden_states
-            output.hidden_states = None
-        else:
-            output, states = self._run_decoder(
-                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, plan, kwargs
-            )
-            hidden = output.last_hidden_state.view_as(inputs_embeds)
-        context = states[-1].view_as(inputs_embeds) if self._reads_raw_states else hidden
-        # collected first: an output keeps the order of its constructor, and tuples are read by position
-        found: dict[str, Any] = {"past_key_values": output.past_key_values, "last_hidden_state": hidden}
-        if output.hidden_states is not None:
-            found["hidden_states"] = tuple(states.view_as(inputs_embeds) for states in output.hidden_states)
-        found["attentions"] = output.attentions
-        if labels is not None:
-            reduction = reduction if num_items_in_batch is None else "sum"
-            assert plan.targets is not None
-            keep = return_logits is not False
-            found |= self._losses(hidden, context, plan.targets, image_codes, reduction, keep)
-            if num_items_in_batch is not None:
-                divide_losses(found, num_items_in_batch)
-        # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
-        if return_logits or (return_logits is None and (labels is None or not self.training)):
-            found["logits"] = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return UniTokMLLMOutput(**found)
-
-    def _run_decoder(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Any,
-        use_cache: bool | None,
-        plan: BatchPlan,
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, list[torch.Tensor]]:
-        """The decoder's output, and the input of its final norm if the depth head reads that."""
         flat, flat_positions = inputs_embeds, position_ids
         if past_key_values is None and not use_cache and not kwargs["output_attentions"]:
             # attention by samples: FlashAttention ignores 4-D masks, and packed samples would attend to each
@@ -218,7 +176,24 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
                 use_cache=bool(use_cache),
                 **kwargs,
             )
-        return output, states
+        hidden = output.last_hidden_state.view_as(inputs_embeds)
+        context = states[-1].view_as(inputs_embeds) if states else hidden
+        # collected first: an output keeps the order of its constructor, and tuples are read by position
+        found: dict[str, Any] = {"past_key_values": output.past_key_values, "last_hidden_state": hidden}
+        if output.hidden_states is not None:
+            found["hidden_states"] = tuple(states.view_as(inputs_embeds) for states in output.hidden_states)
+        found["attentions"] = output.attentions
+        if labels is not None:
+            reduction = reduction if num_items_in_batch is None else "sum"
+            assert plan.targets is not None
+            keep = return_logits is not False
+            found |= self._losses(hidden, context, plan.targets, image_codes, reduction, keep)
+            if num_items_in_batch is not None:
+                divide_losses(found, num_items_in_batch)
+        # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
+        if return_logits or (return_logits is None and (labels is None or not self.training)):
+            found["logits"] = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return UniTokMLLMOutput(**found)
 
     @property
     def context_decoder(self) -> Any:

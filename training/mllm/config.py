@@ -123,7 +123,7 @@ class MLLMRunConfig(RunConfig):
     lora: train adapters on the model of `init_from` instead of its weights.
     attention: of the decoder, by transformers' names, or "varlen": within each sample of a row, without a
         mask. "auto" = flash_attention_2 where it can run, else varlen on a GPU and for rows of 512 or more
-        packed tokens, else sdpa. On a CPU, "auto" also trains LLaMA layers by `fused_layers.py`.
+        packed tokens, else sdpa.
     residual: dtype of the sums over the layers of decoder and depth head. bf16, with engine.dtype bf16,
         halves what checkpointing keeps, at the precision of a model whose weights are bf16.
     """

@@ -38,7 +38,6 @@ from ..data.sequences import SequenceBuilder
 from .class_config import ClassRunConfig
 from .class_model import build_class_parts, check_labels, class_inputs, class_sequences
 from .config import LossOptions, MLLMRunConfig, check_conditioner
-from .fused_layers import fuse_layers
 from .metrics import RunningMetrics
 from .model import MLLMParts, build_parts, prepare_folder, save_parts
 
@@ -155,8 +154,6 @@ def prepare_engine(
     engine = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
     if config.engine.compile:  # layers of the decoder, of any family, and of the depth head
         compile_blocks(model, GradientCheckpointingLayer)
-    elif device.type == "cpu" and isinstance(config, MLLMRunConfig) and config.attention == "auto":
-        fuse_layers(model)  # ZeRO 3, LoRA and checkpointing keep transformers' modules
     return engine
 
 
