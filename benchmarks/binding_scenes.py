@@ -108,7 +108,7 @@ def rendered_scenes(n: int, held_out: bool, folder: Path = Path("runs/binding"))
     """n scenes rendered as those of configs/scenes, with codes of the shipped tokenizer; kept in `folder`."""
     path = folder / f"{'held_out' if held_out else 'train'}-{n}.pt"
     if path.exists():
-        return Scenes(*torch.load(path))
+        return Scenes(*torch.load(path, weights_only=True))
     scenes, random = sample_scenes(n, torch.Generator().manual_seed(7), held_out), Random(7)
     config = load_config("configs/scenes/scenes.yaml")
     unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32).eval()

@@ -42,7 +42,7 @@ def iter_baseline_codes(
             codes.append(token)
         yield torch.stack(codes, dim=1)
         with torch.no_grad():
-            embeds = model.visual_embedder.step(token.unsqueeze(1), embedder_cache)
+            embeds = model.visual_embedder.step(token.unsqueeze(1), embedder_cache, len(codes) - 1)
             # both halves get the same image
             embeds = embeds.to(hidden.dtype).repeat(2, 1, 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

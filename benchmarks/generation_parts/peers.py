@@ -35,7 +35,7 @@ class Compiled(CudaGraph):
 
     def decode_step(self, codes: Tensor) -> None:
         """As the captured step, without its counter in Python: a new number would be a new graph."""
-        self._feed(codes.unsqueeze(1))
+        self._feed(codes.unsqueeze(1), self.visual_index)
         self.visual_index += 1
 
     def compile_step(self, step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:

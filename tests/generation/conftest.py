@@ -178,7 +178,7 @@ def running(pipe, limits=None, **options):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.server
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)  # beside other tests it may take its time
         assert not thread.is_alive()
 
 

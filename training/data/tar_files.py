@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import io
 import lzma
+import os
 import subprocess
 import sys
 import time
@@ -86,6 +87,8 @@ def is_stream(source: str) -> bool:
     """Whether a source can only be read from its beginning: a URL, a command, stdin, or a compressed file."""
     if _scheme(source) or source in STDIN:
         return True
+    if os.path.isdir(source):  # its reader says that it is none
+        return False
     with open(source, "rb") as file:
         return compression(file.read(6)) is not None
 
