@@ -57,7 +57,9 @@ EMOJI_PACKAGES = (
     ),
     EmojiPackage(
         "fluent", "Fluent 3D", "@lobehub/fluent-emoji-3d", "1.1.0", "assets", ".webp",
-        "MIT (as package.json says; the package holds no licence file)",
+        "MIT (as package.json says; the package holds no licence file). Microsoft's repository says that "
+        "national flags, the paperclip, technologists and video games are not open source: the package has "
+        "such images, too, so do not pass on this style, or a model that reproduces it, without asking",
         "Fluent Emoji, Copyright Microsoft Corporation, https://github.com/microsoft/fluentui-emoji; "
         "packaged by LobeHub, https://github.com/lobehub/fluent-emoji",
     ),
