@@ -21,7 +21,7 @@ from typing import Any
 from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder, write_atomic, write_json
-from open_unitok.core.processes import FolderLock, die_with_parent
+from open_unitok.core.processes import FolderLock, available_cores, die_with_parent
 from open_unitok.core.text_files import read_json
 from open_unitok.training.core.config import read_yaml
 
@@ -128,15 +128,9 @@ def training_processes(config: str, wanted: int | None) -> int:
     if wanted is None:
         import torch  # deferred: `unitok demo --help` must not load it
 
-        wanted = 1 if torch.cuda.is_available() else _cores()
+        wanted = 1 if torch.cuda.is_available() else available_cores()
     batch = read_yaml(config)["batch_size"]
     return max(count for count in range(1, max(wanted, 1) + 1) if batch % count == 0)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def phase_commands(out: Path) -> list[tuple[str, list[list[str]]]]:
@@ -290,13 +284,28 @@ def _reset_peak_memory() -> None:
 
 
 def _peak_memory() -> int:
-    """Peak resident bytes of this process, on Linux since the last `_reset_peak_memory`."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = next(line for line in status.read_text().split("\n") if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
+    """Peak resident bytes of this process, on Linux since the last `_reset_peak_memory`, with the sum of the
+    peaks of its running children."""
+    if Path("/proc/self/status").exists():
+        tasks = Path("/proc/self/task").glob("*/children")
+        children = [child for task in tasks for child in _read_process(task).split()]
+        return sum(map(_peak_of_process, ("self", *children)))
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, other systems KiB
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_of_process(process: str) -> int:
+    lines = _read_process(Path("/proc", process, "status")).split("\n")
+    # a process that has ended has none
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def _read_process(path: Path) -> str:
+    """The text of a file in /proc; "" if its process or thread has ended."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

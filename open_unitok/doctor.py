@@ -10,6 +10,7 @@ import shutil
 from typing import NamedTuple
 
 from open_unitok.core.memory import available_memory
+from open_unitok.core.processes import available_cores
 
 GIB = 2**30
 # Device -> what of it is tested. MPS and XPU are not emulated: a torch without them aborts in autograd on
@@ -35,11 +36,9 @@ def machine() -> list[Check]:
     """Python, cores, memory, disk and accelerators."""
     import torch
 
-    # cores that this process may use: in a container, fewer than the machine has
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     checks = [
         Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Check("cores", str(cores)),
+        Check("cores", str(available_cores())),
     ]
     free = available_memory()  # None on macOS and Windows: no line
     if free is not None:

@@ -194,6 +194,23 @@ def test_seconds_before_a_kill_are_counted(tmp_path):
     assert row["calls"] == 2 and row["finished"] and row["seconds"] >= before
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="no /proc")
+def test_memory_of_processes_that_a_phase_starts_is_counted(tmp_path):
+    path, script = (
+        tmp_path / "phases.json",
+        "data = bytearray(b'1') * 400_000_000; print(1, flush=True); input()",
+    )
+    with Timings(path, interval=0.02).phase("tokenizer"):
+        before = json.loads(path.read_text())[0]["peak_memory"]
+        child = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True)
+        assert child.stdout and child.stdout.readline()
+        deadline = time.monotonic() + 30
+        while json.loads(path.read_text())[0]["peak_memory"] < before + 400_000_000:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        child.communicate("end\n")
+
+
 def test_two_demos_in_one_folder_are_rejected(tmp_path):
     lock, message = FolderLock(tmp_path, "unitok demo"), "Another unitok demo runs in"
     with lock, pytest.raises(UserError, match=message):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_unitok.core.processes import available_cores
+
 from .int8 import Int8Linear
 from .native_build import open_library
 
@@ -75,8 +77,7 @@ def num_threads() -> int:
     The threads of a step wait for each other by spinning: more of them than processors would wait for the
     scheduler instead.
     """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), available))
+    return max(1, min(torch.get_num_threads(), available_cores()))
 
 
 class StructBuilder:

@@ -1,7 +1,6 @@
 """`unitok study CONFIG`: train and measure every row of a study, then write its tables and page."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic
+from open_unitok.core.processes import available_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.study.run import plan_parts, run_jobs
 
     studies = [load_study(config) for config in args.configs]
-    # the CPUs this process may use, not those of the machine
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = (1 if distributed.world_size() > 1 else cores) if args.workers is None else args.workers
+    workers = (
+        (1 if distributed.world_size() > 1 else available_cores()) if args.workers is None else args.workers
+    )
     if workers < 1:
         raise UserError(f"--workers is {workers}: it must be 1 or more.")
     tasks = _chosen_jobs(args, studies)

@@ -19,6 +19,12 @@ except ImportError:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def available_cores() -> int:
+    """Cores that this process may use: in a container, fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 class FolderLock:
     """Exclusive use of an existing folder, until `close` or the end of the process, even by kill -9.
 
