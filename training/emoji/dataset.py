@@ -21,7 +21,7 @@ from open_unitok.core.text_files import read_json, read_text
 
 from ..core.text_tokenizer import prompt_lines, train_text_tokenizer
 from ..data.tar_files import tar_writer, write_sample
-from .packages import EMOJI_PACKAGES, STYLES, EmojiImage, package_folders, read_emoji
+from .packages import STYLES, EmojiImage, package_folders, read_emoji
 from .questions import EMOJI_QUESTIONS, evaluation_questions, sample_conversations
 from .splits import SIZES, SPLITS, check_sources, load_frozen, pixel_hash, render_emoji, split_of
 from .words import EDGES, write_words
@@ -36,27 +36,36 @@ _TEMPLATES = {"category": ["{}"], "style": ["{} style"]}  # prompts of zero-shot
 
 
 def write_emoji(
-    out: str | Path, size: int = 64, packages: Sequence[str | Path] = (), progress: bool = True
+    out: str | Path,
+    size: int = 64,
+    packages: Sequence[str | Path] = (),
+    styles: Sequence[str] = tuple(STYLES),
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Write the data set below `out`, unless it is finished; returns the content of `emoji.json`.
 
     Args:
         size: side of the images in pixels, one of `SIZES`.
         packages: folders or files of the npm packages; none: npm fetches them.
+        styles: keys of `STYLES`. The splits of a part of the styles are a part of the published ones.
 
     Raises:
-        UserError: the size is not one of them, `out` has other contents, or the packages are not available or
-            not the ones that the splits were made of.
+        UserError: the size or a style is not one of them, `out` has other contents, or the packages are not
+            available or not the ones that the splits were made of.
     """
     if size not in SIZES:
         raise UserError(f"--size is {size}; it must be {' or '.join(map(str, SIZES))}.")
+    if not {*styles} <= STYLES.keys() or not {*styles} - {"fluent"}:
+        raise UserError(
+            f"--styles {' '.join(styles)}: it takes {', '.join(STYLES)}; fluent's lists no emoji."
+        )
     out, frozen = Path(out), load_frozen()
-    wanted = {"size": size, "packages": frozen["packages"]}
+    wanted = {"size": size, "packages": {s: frozen["packages"][s] for s in STYLES if s in styles}}
     finished = _open_folder(out, wanted)
     if finished is not None:
         return finished
     write_json(out / _UNFINISHED, wanted)
-    with package_folders(packages, out / _PACKAGES) as folders:
+    with package_folders(packages, out / _PACKAGES, styles) as folders:
         images = read_emoji(folders)
         check_sources(images, frozen)
         splits: dict[str, list[EmojiImage]] = {split: [] for split in SPLITS}
@@ -64,7 +73,7 @@ def write_emoji(
         for image in sorted(images, key=lambda image: hashlib.sha256(image.key.encode()).digest()):
             splits[split_of(image, frozen)].append(image)
         counts = {split: len(group) for split, group in splits.items()}
-        if counts != frozen["splits"]:
+        if len(folders) == len(STYLES) and counts != frozen["splits"]:
             raise UserError(f"The splits are {counts}, expected {frozen['splits']}: splits.json is damaged.")
         # a held-out split may lack a class, which is then a wrong choice
         classes = {label: sorted({_label(label, image) for image in images}) for label in _TEMPLATES}
@@ -80,7 +89,8 @@ def write_emoji(
         _write_text_tokenizers(out / "text", splits["train"], names)
         write_words(out / "text", [image.emoji.name for image in splits["train"]])
         write_atomic(out / "README.md", _readme(counts, size, folders))
-    differing = [split for split in SPLITS if pixels[split] != frozen["pixels"][str(size)][split]]
+    published = frozen["pixels"][str(size)] if len(folders) == len(STYLES) else pixels  # of all styles
+    differing = [split for split in SPLITS if pixels[split] != published[split]]
     facts = {**wanted, "images": counts, "pixels": pixels, "differing": differing, "pillow": PIL.__version__}
     write_json(out / _FINISHED, facts)
     (out / _UNFINISHED).unlink(missing_ok=True)
@@ -97,8 +107,9 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
             if not (out / "text" / EDGES).exists():  # a folder of an earlier version
                 write_words(out / "text", [item["name"] for item in read_json(out / "train" / _ITEMS)])
             return found
-        size = found.get("size") if isinstance(found, dict) else None
-        raise UserError(f"{out} holds emoji of other settings (size {size}); choose another --out.")
+        size, names = (found.get("size"), found.get("packages")) if isinstance(found, dict) else (None, None)
+        which = f"size {size}, {' '.join(names or [])}"
+        raise UserError(f"{out} holds emoji of other settings ({which}); choose another --out.")
     if (out / _UNFINISHED).exists():
         if read_json(out / _UNFINISHED) != wanted:
             for name in (*SPLITS, "text"):
@@ -212,7 +223,7 @@ def _write_text_tokenizers(folder: Path, images: Sequence[EmojiImage], names: Se
 
 # ---- licences ----------------------------------------------------------------------------------------------
 
-_README = """# Emoji in three styles
+_README = """# Emoji
 
 {total:,} image-caption pairs of {size} x {size} pixels: {counts}. Written by `unitok data emoji`.
 
@@ -224,7 +235,7 @@ Captions, categories and code points: emoji-datasource, Copyright Cal Henderson,
 Facebook's images are not used: they have no licence that allows it. Whoever passes the images on, or a model
 that reproduces them, names these authors and licences.
 
-## emoji-datasource (its text of the MIT License also holds for Fluent Emoji, under Microsoft's copyright)
+## emoji-datasource{fluent}
 
 {licence}"""
 
@@ -232,10 +243,13 @@ that reproduces them, names these authors and licences.
 def _readme(counts: Mapping[str, int], size: int, folders: Mapping[str, Path]) -> str:
     """Licences and attribution of the images."""
     styles = "\n".join(
-        f"- **{p.title}** (npm {p.spec}): {p.attribution}. Licence: {p.licence}." for p in EMOJI_PACKAGES
+        f"- **{p.title}** (npm {p.spec}): {p.attribution}. Licence: {p.licence}."
+        for p in map(STYLES.__getitem__, folders)
     )
     listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    licence = read_text(folders[EMOJI_PACKAGES[0].style] / "LICENSE").strip() + "\n"
+    licence = read_text(next(iter(folders.values())) / "LICENSE").strip() + "\n"
+    fluent = " (its text of the MIT License also holds for Fluent Emoji, under Microsoft's copyright)"
     return _README.format(
-        total=sum(counts.values()), size=size, counts=listed, styles=styles, licence=licence
-    )
+        total=sum(counts.values()), size=size, counts=listed, styles=styles, licence=licence,
+        fluent=fluent if "fluent" in folders else "",
+    )  # fmt: skip

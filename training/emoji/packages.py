@@ -92,10 +92,13 @@ class EmojiImage(NamedTuple):
 
 
 @contextlib.contextmanager
-def package_folders(given: Sequence[str | Path] = (), work: Path | None = None) -> Iterator[dict[str, Path]]:
+def package_folders(
+    given: Sequence[str | Path] = (), work: Path | None = None, styles: Sequence[str] = tuple(STYLES)
+) -> Iterator[dict[str, Path]]:
     """The unpacked package of each style: those in the given folders or .tgz files, else fetched by npm.
 
     Args:
+        styles: keys of `STYLES`; packages of others are neither fetched nor asked for.
         work: folder for what is fetched or unpacked; removed at the end, and at the start if a killed process
             has left it. None: a temporary one.
 
@@ -108,17 +111,18 @@ def package_folders(given: Sequence[str | Path] = (), work: Path | None = None) 
     folder = work or Path(tempfile.mkdtemp(prefix="unitok-emoji-"))
     try:
         found: dict[str, Path] = {}
-        for number, place in enumerate([existing(path) for path in given] or _fetch(folder)):
+        wanted = [package for package in EMOJI_PACKAGES if package.style in styles]
+        for number, place in enumerate([existing(path) for path in given] or _fetch(folder, wanted)):
             if place.is_file():
                 place = _unpacked(place, folder / f"unpacked-{number}")
             found |= _packages_below(place)
-        missing = [package for package in EMOJI_PACKAGES if package.style not in found]
+        missing = [package for package in wanted if package.style not in found]
         if missing:
             raise UserError(
                 f"{', '.join(map(str, given))}: {_names(missing)} not found there; --packages takes their "
                 f"unpacked folders, a folder that holds them, or the files of `npm pack {_names(missing)}`."
             )
-        yield found
+        yield {package.style: found[package.style] for package in wanted}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -127,20 +131,20 @@ def _names(packages: Sequence[EmojiPackage]) -> str:
     return " ".join(package.spec for package in packages)
 
 
-def _fetch(folder: Path) -> list[Path]:
+def _fetch(folder: Path, packages: Sequence[EmojiPackage]) -> list[Path]:
     """The packed packages, which npm checks against the registry's hashes."""
     npm = shutil.which("npm")
-    elsewhere = f"run `npm pack {_names(EMOJI_PACKAGES)}` elsewhere and pass the three files by --packages"
+    elsewhere = f"run `npm pack {_names(packages)}` elsewhere and pass its files by --packages"
     if npm is None:
         raise UserError(f"npm is not installed: install it (nodejs.org), or {elsewhere}.")
     command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--no-update-notifier"]
-    command += [package.spec for package in EMOJI_PACKAGES]
+    command += [package.spec for package in packages]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_NPM_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"npm cannot fetch the packages ({error}): {elsewhere}.") from error
     files = sorted(folder.glob("*.tgz"))
-    if done.returncode or len(files) != len(EMOJI_PACKAGES):
+    if done.returncode or len(files) != len(packages):
         lines = [line for line in (done.stderr + done.stdout).split("\n") if line.strip()]
         reason = lines[0].strip() if lines else f"exit status {done.returncode}"
         raise UserError(f"npm cannot fetch the packages ({reason}): {elsewhere}.")
@@ -193,12 +197,12 @@ def _packages_below(folder: Path) -> dict[str, Path]:
 
 
 def read_emoji(folders: dict[str, Path]) -> list[EmojiImage]:
-    """Every emoji in every style that has it, in the order of emoji.json; skin tones are left out.
+    """Every emoji in every given style that has it, in the order of emoji.json; skin tones are left out.
 
     Raises:
         UserError: an emoji.json of another form.
     """
-    path = folders[EMOJI_PACKAGES[0].style] / "emoji.json"
+    path = next(iter(folders.values())) / "emoji.json"
     rows = read_json(existing(path))
     found = []
     for number, row in enumerate(rows if isinstance(rows, list) else [None]):
@@ -210,10 +214,11 @@ def read_emoji(folders: dict[str, Path]) -> list[EmojiImage]:
             ) from error
         if emoji.category == "Component":  # the five skin tones
             continue
-        for package in EMOJI_PACKAGES:
-            file = _image_file(folders[package.style] / package.images, emoji.code, package.suffix)
+        for style, folder in folders.items():
+            package = STYLES[style]
+            file = _image_file(folder / package.images, emoji.code, package.suffix)
             if file is not None:
-                found.append(EmojiImage(emoji, package.style, file))
+                found.append(EmojiImage(emoji, style, file))
     return found
 
 

@@ -62,8 +62,9 @@ def render_emoji(file: Path, size: int) -> Image.Image:
 
 def source_hashes(images: Iterable[EmojiImage]) -> dict[str, str]:
     """Style -> sha256 over names, labels and contents of its files."""
-    hashes = {style: hashlib.sha256() for style in STYLES}
+    hashes: dict[str, Any] = {}
     for image in images:
+        hashes.setdefault(image.style, hashlib.sha256())
         hashes[image.style].update(f"{image.key}\n{'|'.join(image.emoji)}\n".encode())
         hashes[image.style].update(hashlib.sha256(image.file.read_bytes()).digest())
     return {style: value.hexdigest() for style, value in hashes.items()}
@@ -76,9 +77,9 @@ def pixel_hash(digests: Mapping[str, bytes]) -> str:
 
 def check_sources(images: Sequence[EmojiImage], frozen: Mapping[str, Any]) -> None:
     """Raises UserError if the packages' files are not those that the splits were made of."""
-    found = source_hashes(images)
-    for style, package in STYLES.items():
-        if found[style] != frozen["sources"][style]:
+    for style, found in source_hashes(images).items():
+        if found != frozen["sources"][style]:
+            package = STYLES[style]
             count = sum(image.style == style for image in images)
             raise UserError(
                 f"The {count:,} images of {package.name} are not those of version {package.version} as npm "

@@ -8,6 +8,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--size", type=int, default=64, help="side of the images, 64 or 128 (default: 64)")
     parser.add_argument(
+        "--styles",
+        nargs="+",
+        default=["google", "twitter", "fluent"],
+        metavar="STYLE",
+        help="styles of the images: google, twitter, fluent (default: all)",
+    )
+    parser.add_argument(
         "--packages",
         nargs="+",
         default=(),
@@ -21,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the data set, if it is not there, and print its counts."""
     from open_unitok.training.emoji.dataset import write_emoji
 
-    facts = write_emoji(args.out, args.size, args.packages)
+    facts = write_emoji(args.out, args.size, args.packages, args.styles)
     counts = ", ".join(f"{split} {count:,}" for split, count in facts["images"].items())
     print(f"{args.out}: {sum(facts['images'].values()):,} image-caption pairs ({counts})")
     if facts["differing"]:

@@ -106,6 +106,27 @@ def test_without_npm_the_error_says_what_to_do(tmp_path, monkeypatch, capsys):
     assert "--packages" in error[0]
 
 
+def test_two_styles_are_a_part_of_the_published_splits(emoji, packages, frozen, tmp_path, capsys):
+    """What may be passed on: without Fluent's package, its images, its name and its licence."""
+    out, given = tmp_path / "out", [packages / p.name for p in EMOJI_PACKAGES[:2]]
+    command = ["data", "emoji", "--out", str(out), "--styles", "twitter", "google"]
+    main([*command, "--packages", *map(str, given)])
+    assert f"{out}: 36 image-caption pairs" in capsys.readouterr().out
+    for split in ("train", "validation", "pairs", "unseen"):
+        all_items = json.loads((emoji / split / "items.json").read_text())
+        items = json.loads((out / split / "items.json").read_text())
+        assert [i["prompt"] for i in items] == [i["prompt"] for i in all_items if i["style"] != "Fluent 3D"]
+        assert json.loads((out / split / "style.json").read_text())["classes"] == ["Google", "Twitter"]
+    text = (out / "README.md").read_text()
+    assert "Twemoji" in text and "Fluent" not in text and "Microsoft" not in text
+    main(command)  # finished: needs no packages
+    with pytest.raises(UserError, match=r"other settings \(size 64, google twitter\); choose another --out"):
+        write_emoji(out, packages=[packages], progress=False)
+    for styles in (["google", "apple"], ["fluent"], []):
+        with pytest.raises(UserError, match="it takes google, twitter, fluent; fluent's lists no emoji"):
+            write_emoji(tmp_path / "none", packages=given, styles=styles, progress=False)
+
+
 def test_missing_foreign_and_changed_packages_are_refused(packages, frozen, tmp_path):
     with pytest.raises(UserError, match=r"fluent-emoji-3d@1.1.0 not found there"):
         write_emoji(tmp_path / "a", packages=[packages / p.name for p in EMOJI_PACKAGES[:2]], progress=False)
