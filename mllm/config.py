@@ -209,7 +209,7 @@ class UniTokMLLMConfig(PretrainedConfig):
                 "as a sum of rows: use 'mlp' or 'projection'."
             )
         if self.visual_positions != "none":
-            self._check_places()
+            self.check_places()
         if self.token_layout is not None:
             self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
         # The attention of the projection runs at the larger of its two widths.
@@ -227,7 +227,11 @@ class UniTokMLLMConfig(PretrainedConfig):
                 "another number."
             )
 
-    def _check_places(self) -> None:
+    def check_places(self) -> None:
+        """
+        Raises:
+            UserError: `visual_positions` without a grid of visual tokens.
+        """
         layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens)
         reason = "codes of a pyramid" if self.scales else "a set of tokens" if layout.tokens else None
         if reason:

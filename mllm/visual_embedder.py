@@ -19,6 +19,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .config import UniTokMLLMConfig, check_mllm_quantizer
 
+POSITION_SHARE, POSITION_IMAGES = 1 / 3, 64  # see `VisualEmbedder.add_positions`
 PROJECTOR_EPS = 1e-6  # as published; the norms of the projection use torch's 1e-5
 
 
@@ -48,10 +49,7 @@ class VisualEmbedder(nn.Module):
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         self.row_embedding = self.column_embedding = None
         if config.visual_positions == "learned_2d":
-            layout = TokenLayout.from_config(config.token_layout, config.num_image_tokens)
-            self.registers = layout.registers
-            self.row_embedding = nn.Embedding(layout.rows, width)
-            self.column_embedding = nn.Embedding(layout.columns, width)
+            self._new_positions(width)
         self.codebooks = self.projection = self.shared_tables = None
         if config.input_embedder == "tables":
             self.shared_tables = nn.Embedding(config.num_codebooks * config.codebook_size, width)
@@ -65,6 +63,32 @@ class VisualEmbedder(nn.Module):
             self.projection = AttentionProjection(inputs, middle, config.num_projection_heads, causal=True)
             inputs, norm = middle, [nn.LayerNorm(middle, eps=PROJECTOR_EPS)]
         self.projector = nn.Sequential(*norm, nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
+
+    def _new_positions(self, width: int) -> None:
+        layout = TokenLayout.from_config(self.config.token_layout, self.config.num_image_tokens)
+        self.registers = layout.registers
+        self.row_embedding = nn.Embedding(layout.rows, width)
+        self.column_embedding = nn.Embedding(layout.columns, width)
+
+    @torch.no_grad()
+    def add_positions(self) -> None:
+        """Give a trained embedder `visual_positions` "learned_2d", sampled at `POSITION_SHARE` of the norm of
+        its visual vectors: training makes those a hundred times as long as text embeddings, and next to them
+        vectors of the usual initialisation stay without effect (docs/experiments/binding.md).
+
+        Raises:
+            UserError: the visual tokens are not on a grid.
+        """
+        self.config.visual_positions = "learned_2d"
+        self.config.check_places()
+        sizes = torch.tensor(self.code_sizes)
+        shape = (POSITION_IMAGES, self.config.num_image_tokens, self.num_codebooks)
+        vectors = self((torch.rand(shape) * sizes).long())
+        self._new_positions(vectors.shape[-1])
+        assert self.row_embedding is not None and self.column_embedding is not None
+        std = POSITION_SHARE * vectors.square().mean().sqrt().item() / 2**0.5  # of the sum of two
+        for table in (self.row_embedding, self.column_embedding):
+            table.weight.normal_(std=std)
 
     def init_weights(self) -> None:
         if self.codebooks is not None:

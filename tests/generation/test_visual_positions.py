@@ -158,6 +158,20 @@ def test_places_are_trained_as_embeddings_also_by_a_batch_without_images(make_mo
     assert all(p.grad.abs().sum(1).min() > 0 for p in places)
 
 
+def test_a_trained_model_gets_vectors_of_a_third_of_the_norm_of_its_visual_vectors(make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.visual_embedder.projector[-1].weight *= 300  # as training leaves it
+    before, codes = model.embed_codes(random_codes(64)), random_codes(64)
+    model.visual_embedder.add_positions()
+    assert model.config.visual_positions == "learned_2d"
+    added = model.embed_codes(codes) - before
+    torch.testing.assert_close(added[0], model.visual_embedder.place_table(), atol=1e-2, rtol=1e-3)
+    assert 0.2 < added.norm(dim=-1).mean() / before.norm(dim=-1).mean() < 0.5
+    with pytest.raises(UserError, match="a set of tokens"):
+        make_model(token_layout={"rows": 4, "columns": 4, "tokens": 9}).visual_embedder.add_positions()
+
+
 def test_what_has_no_grid_is_refused(make_model):
     with pytest.raises(UserError, match="visual_positions = 'sine'"):
         make_model(visual_positions="sine")

@@ -120,6 +120,8 @@ class MLLMRunConfig(RunConfig):
 
     conditioner: what images are generated from; with "class" the config is a `ClassRunConfig`.
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
+    visual_positions: "learned_2d" gives the model of `init_from` trained vectors of rows and columns, if it
+        has none; a new model has them by model.fields.visual_positions.
     lora: train adapters on the model of `init_from` instead of its weights.
     attention: of the decoder, by transformers' names, or "varlen": within each sample of a row, without a
         mask. "auto" = flash_attention_2 where it can run, else varlen on a GPU and for rows of 512 or more
@@ -132,6 +134,7 @@ class MLLMRunConfig(RunConfig):
     data: MixtureOptions
     loss: LossOptions = LossOptions()
     model: ModelOptions | None = None
+    visual_positions: Literal["none", "learned_2d"] = "none"
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
     lora: LoraOptions | None = None
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -155,6 +158,9 @@ class MLLMRunConfig(RunConfig):
         # by prefix: a part inside another one may have its own factor
         if all(self.lr_factor(prefix) == 0 for prefix in MODEL_PARTS.values()):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
+        if self.visual_positions != "none" and (self.model or self.lora):
+            why = "adapters do not hold them" if self.lora else "set model.fields.visual_positions"
+            raise UserError(f"visual_positions adds vectors to the model of init_from: {why}.")
         if self.lora and self.model:
             raise UserError("lora needs a trained base model: give `init_from` instead of `model`.")
         # without autocast, fp32 activations and bf16 weights would meet in every frozen linear layer

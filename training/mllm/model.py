@@ -55,7 +55,11 @@ def build_parts(config: MLLMRunConfig) -> MLLMParts:
     Raises:
         UserError: see `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
-    parts = new_parts(config) if config.model else load_parts(str(config.init_from))
+    if config.model:
+        parts = new_parts(config)
+    else:
+        torch.manual_seed(seeding.derive_seed(config.seed, "visual_positions"))
+        parts = load_parts(str(config.init_from), config.visual_positions)
     decoder = parts.model.language_model
     decoder.set_attn_implementation(
         choose_attention(config.attention, config.engine.dtype, decoder, config.data.pack_to)
@@ -179,8 +183,11 @@ def _mllm_config(
     return UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
 
 
-def load_parts(name: str) -> MLLMParts:
+def load_parts(name: str, visual_positions: str = "none") -> MLLMParts:
     """The MLLM of a folder, or the shipped one of this name, in float32, for further training.
+
+    Args:
+        visual_positions: as in `MLLMRunConfig`.
 
     Raises:
         UserError: not an MLLM folder, or one without its visual tokenizer.
@@ -188,10 +195,14 @@ def load_parts(name: str) -> MLLMParts:
     folder = existing(
         model_path(name), "init_from must be the folder of a trained MLLM, e.g. runs/pretrain/model."
     )
-    model = build_on_main(
-        lambda: UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
-        UniTokForConditionalGeneration,
-    )
+
+    def build() -> Any:
+        model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        if visual_positions != "none" and model.config.visual_positions == "none":
+            model.visual_embedder.add_positions()
+        return model
+
+    model = build_on_main(build, UniTokForConditionalGeneration)
     unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
     load_tokenizer(unitok)  # a broken one would only be found after training, in the copy
     sampling, replay = folder / SAMPLING_FILE, folder / REPLAY_FOLDER

@@ -47,6 +47,27 @@ def sample_pair_captions(scene: Scene, config: SceneConfig, rng: Random) -> list
     return captions
 
 
+def sample_part_captions(scene: Scene, config: SceneConfig, rng: Random) -> list[str]:
+    """Additional captions in which every object has some of its attributes: "a striped object and a star".
+
+    A model that has learnt each attribute alone can compose pairs that training never shows.
+    """
+    captions = []
+    for i in range(config.part_captions):
+        names = {obj: _part_name(obj, rng) for obj in scene.objects}
+        kind = _position_caption if i % 3 == 2 else _plain_caption
+        captions.append(kind(scene, config, rng, names.__getitem__))
+    return captions
+
+
+def _part_name(obj: SceneObject, rng: Random) -> str:
+    """A name of an object from a random part of its attributes, such as "large object"; at least one."""
+    words = [obj.size_name, obj.texture * (obj.texture != "plain"), obj.color, obj.shape]
+    known = [n for n, word in enumerate(words) if word]
+    kept = [n for n in known if rng.random() < 0.5] or [rng.choice(known)]
+    return " ".join([words[n] for n in kept] + ["object"] * (3 not in kept))
+
+
 def _full_name(obj: SceneObject) -> str:
     return obj.name
 

@@ -69,7 +69,15 @@ class SceneConfig:
         False,
         "training questions also name objects by shape or colour alone, with one relation per conversation",
     )
+    ask_places: bool = _setting(
+        False,
+        "training conversations also ask where every object is, as far as no other answer gives it away; "
+        "`turns` counts the other questions",
+    )
     pair_captions: int = _setting(0, "additional captions of training scenes with two objects")
+    part_captions: int = _setting(
+        0, "additional captions of training scenes that name objects by some of their attributes"
+    )
     questions: int = _setting(4, "questions per test scene")
     pope: int = _setting(150, "test scenes per POPE category, two questions each")
     prompts: int = _setting(25, "prompts per GenEval tag")
@@ -194,7 +202,7 @@ def _rules(c: SceneConfig) -> Iterator[tuple[bool, str, str]]:
         *((getattr(c, name) >= 1, name, "expected 1 or more") for name in at_least_one),
         (min(shares) >= 0 and 0 < sum(shares) < math.inf, "question_shares",
          "expected finite numbers of 0 or more, at least one of them above 0"),
-        (c.pair_captions >= 0, "pair_captions", "expected 0 or more"),
+        *((getattr(c, name) >= 0, name, "expected 0 or more") for name in ("pair_captions", "part_captions")),
         (c.vocabulary >= 300, "vocabulary", "expected 300 or more (256 are bytes)"),
     ]  # fmt: skip
 

@@ -56,7 +56,10 @@ def sample_question(
 
 
 def sample_conversation(scene: Scene, config: SceneConfig, rng: Random, known: Pairs) -> list[SceneQuestion]:
-    """One to `turns` different questions, their kinds sampled by `question_shares`."""
+    """One to `turns` different questions, their kinds sampled by `question_shares`.
+
+    With `ask_places` those of `_place_questions` replace its positions and relations, in random order.
+    """
     wanted, names = rng.randint(1, config.turns), all_names if config.short_names else full_name
     found: dict[str, SceneQuestion] = {}
     # four candidates per question: some scenes allow no question of some kinds, and duplicates are dropped
@@ -67,7 +70,40 @@ def sample_conversation(scene: Scene, config: SceneConfig, rng: Random, known: P
         question = sample_question(scene, config, rng, kind, known, names)
         if question and len(found) < wanted:
             found.setdefault(question.text, question)
-    return list(found.values())
+    if not config.ask_places:
+        return list(found.values())
+    # their positions and relations would answer each other
+    others = [question for question in found.values() if question.kind not in ("position", "relation")]
+    questions = others + _place_questions(scene, others, rng, names)
+    rng.shuffle(questions)
+    return questions
+
+
+def _place_questions(
+    scene: Scene, others: list[SceneQuestion], rng: Random, names: NamesOf
+) -> list[SceneQuestion]:
+    """Relations of up to two pairs of objects, and the rows and columns that those leave open.
+
+    On a 2 x 2 grid the answer "left" gives away both columns. So each object's row, and its column, is the
+    subject of one question, and of none if one of `others` tells what is at its place: no answer follows from
+    another.
+    """
+    unique = _unique_names(scene, names)
+    told = " ".join(question.text for question in others)
+    open_objects = [obj for obj in unique if f"at the {position_name(obj.cell, scene.grid)}" not in told]
+    places = [(obj, axis) for obj in open_objects for axis in (0, 1)]
+    pairs = [(a, b, axis) for a in unique for b in unique for axis in (0, 1) if a.cell[axis] != b.cell[axis]]
+    rng.shuffle(pairs)
+    found, wanted = [], rng.randint(0, 2)
+    for first, second, axis in pairs:
+        if len(found) < wanted and (first, axis) in places and (second, axis) in places:
+            places.remove((first, axis))
+            places.remove((second, axis))
+            answer = relations_between(first, second)[0 if axis or first.cell[1] == second.cell[1] else 1]
+            found.append(SceneQuestion("relation", *_ask_relation(first, second, answer, unique, rng)))
+    for obj, axis in places:
+        found.append(SceneQuestion("position", *_ask_position(obj, axis, scene.grid, unique, rng)))
+    return found
 
 
 def absent_pair(scene: Scene, rng: Random, known: Pairs, similar: bool) -> tuple[str, str]:
@@ -174,13 +210,16 @@ def _position(
         return None
     obj = rng.choice(list(unique))
     # the row or the column: one word answers either
-    if rng.random() < 0.5:
-        words, answer = ROW_NAMES[scene.grid], ROW_NAMES[scene.grid][obj.cell[0]]
-    else:
-        words, answer = COLUMN_NAMES[scene.grid], COLUMN_NAMES[scene.grid][obj.cell[1]]
+    return _ask_position(obj, 0 if rng.random() < 0.5 else 1, scene.grid, unique, rng)
+
+
+def _ask_position(
+    obj: SceneObject, axis: int, grid: int, unique: dict[SceneObject, list[str]], rng: Random
+) -> TextAndAnswer:
+    words = (ROW_NAMES, COLUMN_NAMES)[axis][grid]
     choices = f"{', '.join(words[:-1])} or {words[-1]}"
     frames = ("Where is the {}, {}?", "Is the {} at the {}?", "On which side is the {}, {}?")
-    return rng.choice(frames).format(_choose_name(unique[obj], rng), choices), answer
+    return rng.choice(frames).format(_choose_name(unique[obj], rng), choices), words[obj.cell[axis]]
 
 
 def _relation(
@@ -191,7 +230,16 @@ def _relation(
         return None
     # diagonal objects have two relations: the choices offered ("left or right") match the sampled answer
     first, second = rng.sample(list(unique), 2)
-    answer = rng.choice(relations_between(first, second))
+    return _ask_relation(first, second, rng.choice(relations_between(first, second)), unique, rng)
+
+
+def _ask_relation(
+    first: SceneObject,
+    second: SceneObject,
+    answer: str,
+    unique: dict[SceneObject, list[str]],
+    rng: Random,
+) -> TextAndAnswer:
     if answer in ("left", "right"):
         frames = ("Is the {} left or right of the {}?", "Is the {} to the left or to the right of the {}?")
     else:

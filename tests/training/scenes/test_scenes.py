@@ -211,6 +211,42 @@ def test_short_names_are_used_only_where_they_are_unambiguous():
     assert len(short) > 40
 
 
+def test_where_every_object_is_is_asked_and_no_answer_follows_from_another():
+    changes = {"grid": 2, "short_names": True, "ask_places": True, "turns": 3}
+    config, kinds = with_values(RICH, changes), collections.Counter()
+    for index in range(200):
+        scene = sample_scene(config, "train", index)
+        conversation = questions.sample_conversation(scene, config, random.Random(index), config.pairs)
+        asked, told = collections.Counter(), set()
+        for question in conversation:
+            kinds[question.kind] += 1
+            axis = int(question.answer in ("left", "right"))  # 1: the column is asked for
+            if question.kind in ("position", "relation"):
+                asked.update((obj, axis) for obj in named_objects(question.text, scene))
+            elif "object at the" in question.text:
+                told |= {obj for obj in scene.objects if phrases.position_name(obj.cell, 2) in question.text}
+        assert max(asked.values(), default=1) == 1  # on a 2 x 2 grid two answers about a column tell both
+        assert not told & {obj for obj, _ in asked}
+        unique = questions._unique_names(scene, questions.all_names)
+        assert asked.keys() == {(obj, axis) for obj in unique if obj not in told for axis in (0, 1)}
+    assert kinds.keys() == set(QUESTION_KINDS) and kinds["position"] > kinds["relation"] > 100
+
+
+def test_part_captions_name_some_attributes():
+    config, seen = with_values(RICH, {"part_captions": 6}), collections.Counter()
+    for index in range(60):
+        scene, record = dataset.training_record(config, index)
+        plain = dataset.training_record(RICH, index)[1]["captions"]
+        assert record["captions"][: len(plain)] == plain and len(record["captions"]) == len(plain) + 6
+        for caption in record["captions"][len(plain) :]:
+            for kind in ("color", "shape", "size_name", "texture"):
+                words = [getattr(obj, kind) for obj in scene.objects]
+                wrong = {*getattr(config, f"{kind}s", ())} if kind in ("size_name", "texture") else set()
+                assert not any(f" {word} " in f" {caption} " for word in wrong - set(words))
+                seen[kind] += sum(word in caption for word in words)
+    assert min(seen.values()) > 100 and seen["shape"] < 900
+
+
 def test_question_shares_and_pair_captions():
     config = with_values(RICH, {"question_shares": {"count": 2, "shape": 1}, "pair_captions": 6})
     kinds, related = collections.Counter(), 0
