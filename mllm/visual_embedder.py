@@ -89,6 +89,8 @@ class VisualEmbedder(nn.Module):
         std = POSITION_SHARE * vectors.square().mean().sqrt().item() / 2**0.5  # of the sum of two
         for table in (self.row_embedding, self.column_embedding):
             table.weight.normal_(std=std)
+        for name in [name for name in self._modules if not name.endswith("_embedding")]:
+            self._modules[name] = self._modules.pop(name)  # the order of a new embedder, as other ranks build it
 
     def init_weights(self) -> None:
         if self.codebooks is not None:

@@ -165,6 +165,7 @@ def test_a_trained_model_gets_vectors_of_a_third_of_the_norm_of_its_visual_vecto
     before, codes = model.embed_codes(random_codes(64)), random_codes(64)
     model.visual_embedder.add_positions()
     assert model.config.visual_positions == "learned_2d"
+    assert list(model.state_dict()) == list(make_model(**LEARNED).state_dict())
     added = model.embed_codes(codes) - before
     torch.testing.assert_close(added[0], model.visual_embedder.place_table(), atol=1e-2, rtol=1e-3)
     assert 0.2 < added.norm(dim=-1).mean() / before.norm(dim=-1).mean() < 0.5
