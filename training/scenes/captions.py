@@ -85,9 +85,11 @@ def _any_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -
 
 
 def _plain_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
-    # any order: captions must not reveal positions by the order of their objects
+    # by default in any order: captions must not reveal positions by the order of their objects
     objects = list(scene.objects)
     rng.shuffle(objects)
+    if config.reading_order:
+        objects = list(scene.objects)
     # identical names are counted: "two red circles"
     listed = join_phrases([with_count(n, k) for n, k in Counter(map(name, objects)).items()])
     frame = rng.choice(("{}", "{}", "a picture of {}", "there is {}", "an image with {}"))

@@ -75,6 +75,9 @@ class SceneConfig:
         "`turns` counts the other questions",
     )
     pair_captions: int = _setting(0, "additional captions of training scenes with two objects")
+    reading_order: bool = _setting(
+        False, "captions without positions list the objects from left to right and from top to bottom"
+    )
     part_captions: int = _setting(
         0, "additional captions of training scenes that name objects by some of their attributes"
     )

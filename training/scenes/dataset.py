@@ -146,7 +146,7 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
         "captions": sample_captions(scene, config, rng, config.captions)
         + sample_pair_captions(scene, config, rng)
         + sample_part_captions(scene, config, rng),
-        "conversations": [_as_turns(questions) for questions in conversations if questions],
+        "conversations": [as_turns(questions) for questions in conversations if questions],
         "held_out": False,
     }
     if config.classes:
@@ -154,7 +154,7 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
     return scene, record
 
 
-def _as_turns(questions: list[SceneQuestion]) -> list[dict[str, str]]:
+def as_turns(questions: list[SceneQuestion]) -> list[dict[str, str]]:
     """A conversation in LLaVA's format, its image before the first question."""
     turns = []
     for number, question in enumerate(questions):

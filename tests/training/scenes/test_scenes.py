@@ -247,6 +247,19 @@ def test_part_captions_name_some_attributes():
     assert min(seen.values()) > 100 and seen["shape"] < 900
 
 
+def test_captions_in_reading_order_name_the_objects_from_left_to_right_and_from_top_to_bottom():
+    config, listed = with_values(DEMO, {"reading_order": True, "captions": 8}), collections.Counter()
+    for index in range(200):
+        scene, record = dataset.training_record(config, index)
+        for caption in record["captions"] if len(scene.objects) == 2 else ():
+            first, second = (caption.find(obj.shape) for obj in scene.objects)
+            told = any(word in caption for word in ("top", "bottom", "left", "right", "above", "below"))
+            if scene.objects[0].shape != scene.objects[1].shape and not told:
+                assert first < second
+            listed[told, first < second] += 1
+    assert listed[True, False] > 100 and listed[False, True] > 100  # captions with places are in any order
+
+
 def test_question_shares_and_pair_captions():
     config = with_values(RICH, {"question_shares": {"count": 2, "shape": 1}, "pair_captions": 6})
     kinds, related = collections.Counter(), 0
