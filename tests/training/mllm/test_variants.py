@@ -38,6 +38,26 @@ def test_adapters_train_on_it(trained, mllm):
     assert pipe.generate(["a fox"], Sampling(guidance=1.0), seed=0)[0].size == (32, 32)
 
 
+def test_a_trained_model_gets_place_vectors(mllm, mllm_reference):
+    given = ["model=null", f"init_from={mllm_reference / 'model'}", "visual_positions=learned_2d", "steps=2"]
+    folder = mllm.train("places", *given)
+    before, after = mllm.weights(mllm_reference), mllm.weights(folder)
+    added = {f"visual_embedder.{name}_embedding.weight" for name in ("row", "column")}
+    assert after.keys() - before.keys() == added and all(after[name].any() for name in added)
+    pipe = Pipeline.from_pretrained(folder / "model")
+    assert pipe.generate(["a red cat"], Sampling(guidance=2.0), seed=1)[0].size == (32, 32)
+    # a model that has them keeps them
+    again = ["model=null", f"init_from={folder / 'model'}", *given[2:], "optimizer.lr=0"]
+    kept = mllm.weights(mllm.train("places-again", *again))
+    assert all(torch.equal(kept[name], after[name]) for name in added)
+    for refused, words in (
+        (["visual_positions=learned_2d"], "set model.fields.visual_positions"),
+        ([*given, "lora={rank: 2, alpha: 4}"], "adapters do not hold them"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mllm.train("refused", *refused)
+
+
 def test_impossible_options_are_refused_before_the_first_batch(mllm):
     with pytest.raises(UserError, match="needs input_embedder = 'tables'"):
         mllm.train("refused", "model.fields={depth_options: {tables: shared}}")
