@@ -26,16 +26,28 @@ test test-slow: export OMP_NUM_THREADS := 1
 demo: .venv/.installed
 	$(BIN)/unitok demo
 
+SCENES := $(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --short-names
+PLACES := --question-shares existence=3 count=2 colour=2 shape=1 --turns 3 --conversations 6 --ask-places --part-captions 6
+SCENE_CODES := $(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model
+
 # Trains the shipped model (open_unitok/models/scenes): hours on 2 cores, resumable; results in runs/scenes/eval-bf16.
 model: .venv/.installed
 	$(BIN)/unitok demo --configs configs/scenes --out runs/scenes
-	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --question-shares existence=3 count=3 colour=2 shape=2 position=3 relation=4 --short-names --pair-captions 6 --out runs/scenes/data2
-	$(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
+	$(SCENES) --question-shares existence=3 count=3 colour=2 shape=2 position=3 relation=4 --pair-captions 6 --out runs/scenes/data2
+	$(SCENE_CODES) --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
 	$(BIN)/unitok train configs/scenes/questions.yaml
-	test runs/scenes/model -nt runs/scenes/questions/model || { rm -rf runs/scenes/model runs/scenes/replay_codes && \
-	  $(BIN)/unitok convert bf16 runs/scenes/questions/model runs/scenes/model --guidance 3 --temperature 0.3; }
-	$(BIN)/unitok extract-codes --tokenizer runs/scenes/model --data runs/scenes/data2/train/scenes-000000.tar --out runs/scenes/replay_codes
-	$(BIN)/unitok data replay runs/scenes/model runs/scenes/replay_codes --kinds text_to_image=0.36 captioning=0.1 conversation=0.54
+	$(SCENES) $(PLACES) --pair-captions 6 --out runs/scenes/data3
+	$(SCENE_CODES) --data 'runs/scenes/data3/train/*.tar' --out runs/scenes/codes3
+	$(BIN)/unitok train configs/scenes/places.yaml
+	$(SCENES) $(PLACES) --pair-captions 9 --reading-order --out runs/scenes/data4
+	$(SCENES) $(PLACES) --pair-captions 9 --reading-order --max-objects 2 --train 16000 --out runs/scenes/data_pairs
+	$(SCENE_CODES) --data 'runs/scenes/data4/train/*.tar' --out runs/scenes/codes4
+	$(SCENE_CODES) --data 'runs/scenes/data_pairs/train/*.tar' --out runs/scenes/codes_pairs
+	$(BIN)/unitok train configs/scenes/captions.yaml
+	test runs/scenes/model -nt runs/scenes/captions/model || { rm -rf runs/scenes/model runs/scenes/replay_codes && \
+	  $(BIN)/unitok convert bf16 runs/scenes/captions/model runs/scenes/model --guidance 3 --temperature 0.3; }
+	$(BIN)/unitok extract-codes --tokenizer runs/scenes/model --data runs/scenes/data4/train/scenes-000000.tar --out runs/scenes/replay_codes
+	$(BIN)/unitok data replay runs/scenes/model runs/scenes/replay_codes --kinds text_to_image=0.5 captioning=0.05 conversation=0.45
 	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
 
 test: .venv/.dev
