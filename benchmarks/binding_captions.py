@@ -55,11 +55,11 @@ def caption_pair(scene: Scene, kind: str, config: SceneConfig, rng: random.Rando
     if kind == "size":
         other = rng.choice([name for name in config.size_names if name != first.size_name])
         return tuple(both(f"{size} {first.shape}", second.shape) for size in (first.size_name, other))  # pyright: ignore
-    relation, shapes = (
-        RELATION_PHRASES[rng.choice(relations_between(first, second))],
-        (first.shape, second.shape),
-    )
-    one, other = map(a_or_an, shapes)
+    first, second = rng.sample(
+        scene.objects, 2
+    )  # either order: in half of the captions the second comes first
+    relation = RELATION_PHRASES[rng.choice(relations_between(first, second))]
+    one, other = a_or_an(first.shape), a_or_an(second.shape)
     return f"{one} {relation} {other}", f"{other} {relation} {one}"
 
 
