@@ -1,1 +1,1 @@
-"""Emoji in three styles: real images with captions, fetched from npm packages."""
+"""Emoji in up to three styles: real images with captions, fetched from npm packages."""

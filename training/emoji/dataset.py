@@ -15,7 +15,7 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from open_unitok.core.errors import UserError
+from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import write_atomic, write_json
 from open_unitok.core.text_files import read_json, read_text
 
@@ -52,13 +52,13 @@ def write_emoji(
     Raises:
         UserError: the size or a style is not one of them, `out` has other contents, or the packages are not
             available or not the ones that the splits were made of.
+
+    `differing` of the result lists splits of other pixels than the published ones; None for a part of the
+    styles, whose pixels are not compared.
     """
     if size not in SIZES:
         raise UserError(f"--size is {size}; it must be {' or '.join(map(str, SIZES))}.")
-    if not {*styles} <= STYLES.keys() or not {*styles} - {"fluent"}:
-        raise UserError(
-            f"--styles {' '.join(styles)}: it takes {', '.join(STYLES)}; fluent's lists no emoji."
-        )
+    _check_styles(styles)
     out, frozen = Path(out), load_frozen()
     wanted = {"size": size, "packages": {s: frozen["packages"][s] for s in STYLES if s in styles}}
     finished = _open_folder(out, wanted)
@@ -67,7 +67,7 @@ def write_emoji(
     write_json(out / _UNFINISHED, wanted)
     with package_folders(packages, out / _PACKAGES, styles) as folders:
         images = read_emoji(folders)
-        check_sources(images, frozen)
+        check_sources(images, frozen, folders)
         splits: dict[str, list[EmojiImage]] = {split: [] for split in SPLITS}
         # an order of hashes: styles and categories are mixed in every tar
         for image in sorted(images, key=lambda image: hashlib.sha256(image.key.encode()).digest()):
@@ -89,12 +89,24 @@ def write_emoji(
         _write_text_tokenizers(out / "text", splits["train"], names)
         write_words(out / "text", [image.emoji.name for image in splits["train"]])
         write_atomic(out / "README.md", _readme(counts, size, folders))
-    published = frozen["pixels"][str(size)] if len(folders) == len(STYLES) else pixels  # of all styles
-    differing = [split for split in SPLITS if pixels[split] != published[split]]
+    differing = None  # not known for a part of the styles: the frozen hashes are of all
+    if len(folders) == len(STYLES):
+        differing = [split for split in SPLITS if pixels[split] != frozen["pixels"][str(size)][split]]
     facts = {**wanted, "images": counts, "pixels": pixels, "differing": differing, "pillow": PIL.__version__}
     write_json(out / _FINISHED, facts)
     (out / _UNFINISHED).unlink(missing_ok=True)
     return facts
+
+
+def _check_styles(styles: Sequence[str]) -> None:
+    """Raise UserError for an unknown style, and for styles whose packages have no list of emoji."""
+    for style in styles:
+        if style not in STYLES:
+            raise UserError(f"--styles: {style!r} is not a style.{did_you_mean(style, STYLES)}")
+    if not styles:
+        raise UserError(f"--styles is empty: give some of {', '.join(STYLES)}.")
+    if {*styles} == {"fluent"}:
+        raise UserError("--styles: fluent alone has no list of emoji: add google or twitter.")
 
 
 def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -107,9 +119,10 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
             if not (out / "text" / EDGES).exists():  # a folder of an earlier version
                 write_words(out / "text", [item["name"] for item in read_json(out / "train" / _ITEMS)])
             return found
-        size, names = (found.get("size"), found.get("packages")) if isinstance(found, dict) else (None, None)
-        which = f"size {size}, {' '.join(names or [])}"
-        raise UserError(f"{out} holds emoji of other settings ({which}); choose another --out.")
+        held = _settings(found) if isinstance(found, dict) else "unknown"
+        raise UserError(
+            f"{out} holds emoji of other settings ({held}) than {_settings(wanted)}: choose another --out."
+        )
     if (out / _UNFINISHED).exists():
         if read_json(out / _UNFINISHED) != wanted:
             for name in (*SPLITS, "text"):
@@ -117,6 +130,10 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds files that are not the emoji data set; choose an empty or new folder.")
     return None
+
+
+def _settings(facts: Mapping[str, Any]) -> str:
+    return f"size {facts.get('size')}, {' '.join(facts.get('packages') or [])}"
 
 
 # ---- splits ------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class EmojiPackage(NamedTuple):
         return f"{self.name}@{self.version}"
 
 
-# the first one's emoji.json lists the emoji
+# the first wanted one's emoji.json lists the emoji; Google's and Twitter's are the same file
 EMOJI_PACKAGES = (
     EmojiPackage(
         "google", "Google", "emoji-datasource-google", "16.0.0", "img/google/64", ".png",

@@ -75,10 +75,15 @@ def pixel_hash(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(key.encode() + digests[key] for key in sorted(digests))).hexdigest()
 
 
-def check_sources(images: Sequence[EmojiImage], frozen: Mapping[str, Any]) -> None:
-    """Raises UserError if the packages' files are not those that the splits were made of."""
-    for style, found in source_hashes(images).items():
-        if found != frozen["sources"][style]:
+def check_sources(images: Sequence[EmojiImage], frozen: Mapping[str, Any], styles: Iterable[str]) -> None:
+    """Compare the images of each of `styles` with those that the splits were made of.
+
+    Raises:
+        UserError: a style has other images, or none.
+    """
+    hashes = source_hashes(images)
+    for style in styles:
+        if hashes.get(style) != frozen["sources"][style]:
             package = STYLES[style]
             count = sum(image.style == style for image in images)
             raise UserError(

@@ -1,10 +1,10 @@
-"""`unitok data emoji`: emoji in three styles with captions, from npm packages; the data of the study."""
+"""`unitok data emoji`: captioned emoji in up to three styles, from npm packages; the data of the study."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--out DIR."""
+    """--out DIR, and which images."""
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--size", type=int, default=64, help="side of the images, 64 or 128 (default: 64)")
     parser.add_argument(

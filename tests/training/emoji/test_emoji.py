@@ -120,11 +120,37 @@ def test_two_styles_are_a_part_of_the_published_splits(emoji, packages, frozen, 
     text = (out / "README.md").read_text()
     assert "Twemoji" in text and "Fluent" not in text and "Microsoft" not in text
     main(command)  # finished: needs no packages
-    with pytest.raises(UserError, match=r"other settings \(size 64, google twitter\); choose another --out"):
+    other = r"other settings \(size 64, google twitter\) than size 64, google twitter fluent: choose another"
+    with pytest.raises(UserError, match=other):
         write_emoji(out, packages=[packages], progress=False)
-    for styles in (["google", "apple"], ["fluent"], []):
-        with pytest.raises(UserError, match="it takes google, twitter, fluent; fluent's lists no emoji"):
+    for styles, words in (
+        (["google", "apple"], "'apple' is not a style. Allowed: fluent, google, twitter"),
+        (["google", "twiter"], "'twiter' is not a style. Did you mean 'twitter'"),
+        (["fluent"], "fluent alone has no list of emoji: add google or twitter"),
+        ([], "--styles is empty: give some of google, twitter, fluent"),
+    ):
+        with pytest.raises(UserError, match=words):
             write_emoji(tmp_path / "none", packages=given, styles=styles, progress=False)
+
+
+@pytest.mark.parametrize("style", ["google", "twitter"])
+def test_one_style_needs_one_package(packages, frozen, tmp_path, style):
+    """Each has the list of emoji, so that its images have the frozen hash."""
+    facts = write_emoji(
+        tmp_path / "out", packages=[packages / STYLES[style].name], styles=[style], progress=False
+    )
+    assert sum(facts["images"].values()) == 18
+
+
+@pytest.mark.parametrize("styles", [list(STYLES), ["google", "twitter"], ["twitter"]])
+def test_a_package_without_images_is_refused(packages, frozen, tmp_path, styles):
+    given = tmp_path / "node_modules"
+    shutil.copytree(packages, given)
+    for image in (given / "emoji-datasource-twitter/img/twitter/64").iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match="The 0 images of emoji-datasource-twitter are not those of version"):
+        write_emoji(tmp_path / "out", packages=[given], styles=styles, progress=False)
+    assert not (tmp_path / "out" / "emoji.json").exists()
 
 
 def test_missing_foreign_and_changed_packages_are_refused(packages, frozen, tmp_path):
@@ -308,6 +334,11 @@ def test_other_pixels_of_the_same_files_are_noted(packages, frozen, tmp_path, mo
     monkeypatch.setitem(frozen["pixels"], "64", {**frozen["pixels"]["64"], "pairs": "0"})
     main(["data", "emoji", "--out", str(tmp_path / "out"), "--packages", str(packages)])
     assert "Note: the pixels of pairs differ" in capsys.readouterr().out
+    # those of a part of the styles are not known
+    command = ["data", "emoji", "--out", str(tmp_path / "part"), "--styles", "google", "twitter"]
+    main([*command, "--packages", str(packages)])
+    assert "Note" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "part" / "emoji.json").read_text())["differing"] is None
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
