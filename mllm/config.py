@@ -237,7 +237,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         if reason:
             raise UserError(
                 f"visual_positions = {self.visual_positions!r} needs visual tokens on a grid, and this model "
-                f"has {reason}: set it to 'none'."
+                f"has {reason}: omit the key."
             )
 
     def _check_row_blocks(self) -> None:

@@ -4,6 +4,8 @@ I images, N visual tokens per image, K sub-codebooks, V entries per sub-codebook
 decoder width.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +21,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .config import UniTokMLLMConfig, check_mllm_quantizer
 
-POSITION_SHARE, POSITION_IMAGES = 1 / 3, 64  # see `VisualEmbedder.add_positions`
+NORM_IMAGES = 64  # of random codes, see `VisualEmbedder.with_positions`
 PROJECTOR_EPS = 1e-6  # as published; the norms of the projection use torch's 1e-5
 
 
@@ -49,7 +51,10 @@ class VisualEmbedder(nn.Module):
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         self.row_embedding = self.column_embedding = None
         if config.visual_positions == "learned_2d":
-            self._new_positions(width)
+            layout = TokenLayout.from_config(config.token_layout, config.num_image_tokens)
+            self.registers = layout.registers
+            self.row_embedding = nn.Embedding(layout.rows, width)
+            self.column_embedding = nn.Embedding(layout.columns, width)
         self.codebooks = self.projection = self.shared_tables = None
         if config.input_embedder == "tables":
             self.shared_tables = nn.Embedding(config.num_codebooks * config.codebook_size, width)
@@ -64,33 +69,43 @@ class VisualEmbedder(nn.Module):
             inputs, norm = middle, [nn.LayerNorm(middle, eps=PROJECTOR_EPS)]
         self.projector = nn.Sequential(*norm, nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
 
-    def _new_positions(self, width: int) -> None:
-        layout = TokenLayout.from_config(self.config.token_layout, self.config.num_image_tokens)
-        self.registers = layout.registers
-        self.row_embedding = nn.Embedding(layout.rows, width)
-        self.column_embedding = nn.Embedding(layout.columns, width)
-
     @torch.no_grad()
-    def add_positions(self) -> None:
-        """Give a trained embedder `visual_positions` "learned_2d", sampled at `POSITION_SHARE` of the norm of
-        its visual vectors: training makes those a hundred times as long as text embeddings, and next to them
-        vectors of the usual initialisation stay without effect (docs/experiments/binding.md).
+    def with_positions(
+        self, norm_ratio: float = 1 / 3, codes: torch.Tensor | None = None
+    ) -> "VisualEmbedder":
+        """A new embedder of these trained layers with `visual_positions` "learned_2d"; this one has none.
+
+        The caller puts it in place of this one and sets the key in the model's config. Training makes visual
+        vectors long (about 80 times a text embedding in the model `scenes`); next to them place vectors of
+        the usual initialisation stay without effect (docs/experiments/binding.md).
+
+        Args:
+            norm_ratio: norm of the added vectors (row and column in sum), divided by that of the visual
+                vectors, as root mean squares.
+            codes: (I, N, K), whose visual vectors are measured. None = random codes: in the model `scenes`
+                the norm is 46 for these, and 54 for codes of real images.
 
         Raises:
             UserError: the visual tokens are not on a grid.
         """
-        self.config.visual_positions = "learned_2d"
-        self.config.check_places()
-        sizes = torch.tensor(self.code_sizes)
-        shape = (POSITION_IMAGES, self.config.num_image_tokens, self.num_codebooks)
-        vectors = self((torch.rand(shape) * sizes).long())
-        self._new_positions(vectors.shape[-1])
-        assert self.row_embedding is not None and self.column_embedding is not None
-        std = POSITION_SHARE * vectors.square().mean().sqrt().item() / 2**0.5  # of the sum of two
-        for table in (self.row_embedding, self.column_embedding):
+        assert self.row_embedding is None
+        config = copy.copy(self.config)  # a refused one stays as it is
+        config.visual_positions = "learned_2d"
+        config.check_places()
+        if codes is None:
+            sizes = torch.tensor(self.code_sizes)
+            shape = (NORM_IMAGES, config.num_image_tokens, self.num_codebooks)
+            codes = (torch.rand(shape) * sizes).long()
+        vectors = self(codes)
+        embedder = VisualEmbedder(config, vectors.shape[-1])
+        for name, layer in self.named_children():  # not copies: a depth head may read the same tables
+            setattr(embedder, name, layer)
+        embedder.codebooks = self.codebooks
+        std = norm_ratio * vectors.square().mean().sqrt().item() / 2**0.5  # of the sum of two
+        for table in (embedder.row_embedding, embedder.column_embedding):
+            assert table is not None
             table.weight.normal_(std=std)
-        for name in [name for name in self._modules if not name.endswith("_embedding")]:
-            self._modules[name] = self._modules.pop(name)  # the order of a new embedder, as other ranks build it
+        return embedder.train(self.training)
 
     def init_weights(self) -> None:
         if self.codebooks is not None:

@@ -159,18 +159,37 @@ def test_places_are_trained_as_embeddings_also_by_a_batch_without_images(make_mo
 
 
 def test_a_trained_model_gets_vectors_of_a_third_of_the_norm_of_its_visual_vectors(make_model):
-    model = make_model()
+    model, codes = make_model(), random_codes(64)
     with torch.no_grad():
         model.visual_embedder.projector[-1].weight *= 300  # as training leaves it
-    before, codes = model.embed_codes(random_codes(64)), random_codes(64)
-    model.visual_embedder.add_positions()
-    assert model.config.visual_positions == "learned_2d"
+    before = model.embed_codes(codes)
+    model.visual_embedder = model.visual_embedder.with_positions()
+    assert model.visual_embedder.config.visual_positions == "learned_2d"
     assert list(model.state_dict()) == list(make_model(**LEARNED).state_dict())
     added = model.embed_codes(codes) - before
     torch.testing.assert_close(added[0], model.visual_embedder.place_table(), atol=1e-2, rtol=1e-3)
     assert 0.2 < added.norm(dim=-1).mean() / before.norm(dim=-1).mean() < 0.5
-    with pytest.raises(UserError, match="a set of tokens"):
-        make_model(token_layout={"rows": 4, "columns": 4, "tokens": 9}).visual_embedder.add_positions()
+
+
+def test_norm_ratio_is_that_to_the_visual_vectors_of_the_given_codes(make_model):
+    embedder, codes = make_model().visual_embedder, random_codes(1)[:, :1].expand(1, 9, 3)
+    visual = embedder(codes).square().mean().sqrt()
+    for ratio in (0.1, 2.0):
+        torch.manual_seed(0)
+        added = [embedder.with_positions(ratio, c).place_table() for c in (codes, random_codes(64))]
+        assert 0.7 < added[0].square().mean().sqrt() / visual / ratio < 1.3
+        assert not torch.equal(*added)
+
+
+def test_added_places_leave_a_refused_model_and_shared_tables_as_they_are(make_model):
+    model = make_model(token_layout={"rows": 4, "columns": 4, "tokens": 9})
+    with pytest.raises(UserError, match="a set of tokens: omit the key"):
+        model.visual_embedder.with_positions()
+    assert model.config.visual_positions == "none" and model.visual_embedder.place_table() is None
+    shared = {"input_embedder": "tables", "depth_options": {"tables": "shared"}}
+    changes = {**shared, "depth_config": {**model.config.depth_config.to_dict(), "hidden_size": 32}}
+    tables = make_model(**changes).visual_embedder
+    assert tables.with_positions().shared_tables is tables.shared_tables  # which the depth head reads
 
 
 def test_what_has_no_grid_is_refused(make_model):

@@ -120,8 +120,9 @@ class MLLMRunConfig(RunConfig):
 
     conditioner: what images are generated from; with "class" the config is a `ClassRunConfig`.
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
-    visual_positions: "learned_2d" gives the model of `init_from` trained vectors of rows and columns, if it
-        has none; a new model has them by model.fields.visual_positions.
+    visual_positions: "learned_2d" adds vectors of rows and columns to the model of `init_from` and trains
+        them with the learning rate of visual_embedder; null, or a model that has them: the model keeps what
+        it has. A new model has them by model.fields.visual_positions.
     lora: train adapters on the model of `init_from` instead of its weights.
     attention: of the decoder, by transformers' names, or "varlen": within each sample of a row, without a
         mask. "auto" = flash_attention_2 where it can run, else varlen on a GPU and for rows of 512 or more
@@ -134,7 +135,7 @@ class MLLMRunConfig(RunConfig):
     data: MixtureOptions
     loss: LossOptions = LossOptions()
     model: ModelOptions | None = None
-    visual_positions: Literal["none", "learned_2d"] = "none"
+    visual_positions: Literal["learned_2d"] | None = None
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
     lora: LoraOptions | None = None
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -158,9 +159,8 @@ class MLLMRunConfig(RunConfig):
         # by prefix: a part inside another one may have its own factor
         if all(self.lr_factor(prefix) == 0 for prefix in MODEL_PARTS.values()):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
-        if self.visual_positions != "none" and (self.model or self.lora):
-            why = "adapters do not hold them" if self.lora else "set model.fields.visual_positions"
-            raise UserError(f"visual_positions adds vectors to the model of init_from: {why}.")
+        if self.visual_positions:
+            self._check_visual_positions()
         if self.lora and self.model:
             raise UserError("lora needs a trained base model: give `init_from` instead of `model`.")
         # without autocast, fp32 activations and bf16 weights would meet in every frozen linear layer
@@ -177,6 +177,24 @@ class MLLMRunConfig(RunConfig):
             )
         if self.lora and all(self.lr_factor(MODEL_PARTS[part]) == 0 for part in self.lora.parts):
             raise UserError("lr_factors freeze every part that lora.parts names: nothing is left to train.")
+
+    def _check_visual_positions(self) -> None:
+        """Raise UserError for a run that has no trained model to add vectors to, or would not train them."""
+        if self.model:
+            raise UserError(
+                "visual_positions adds vectors to the model of init_from; a new model has them by "
+                "model.fields.visual_positions."
+            )
+        if self.lora:
+            raise UserError(
+                "visual_positions adds vectors, which an adapter does not hold: train them first in a run "
+                "without lora, then give that model as init_from."
+            )
+        if self.lr_factor(MODEL_PARTS["visual_embedder"]) == 0:
+            raise UserError(
+                "visual_positions adds vectors, which lr_factors.visual_embedder = 0 would freeze: set it "
+                "above 0."
+            )
 
     def lr_factor(self, name: str) -> float:
         """The factor for a parameter's name: that of the smallest part that contains it."""

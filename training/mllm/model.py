@@ -58,8 +58,7 @@ def build_parts(config: MLLMRunConfig) -> MLLMParts:
     if config.model:
         parts = new_parts(config)
     else:
-        torch.manual_seed(seeding.derive_seed(config.seed, "visual_positions"))
-        parts = load_parts(str(config.init_from), config.visual_positions)
+        parts = load_parts(str(config.init_from), config.visual_positions, config.seed)
     decoder = parts.model.language_model
     decoder.set_attn_implementation(
         choose_attention(config.attention, config.engine.dtype, decoder, config.data.pack_to)
@@ -183,14 +182,15 @@ def _mllm_config(
     return UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
 
 
-def load_parts(name: str, visual_positions: str = "none") -> MLLMParts:
+def load_parts(name: str, visual_positions: str | None = None, seed: int = 0) -> MLLMParts:
     """The MLLM of a folder, or the shipped one of this name, in float32, for further training.
 
     Args:
-        visual_positions: as in `MLLMRunConfig`.
+        visual_positions: as in `MLLMRunConfig`; `seed` samples the added vectors.
 
     Raises:
-        UserError: not an MLLM folder, or one without its visual tokenizer.
+        UserError: not an MLLM folder, one without its visual tokenizer, or one that cannot have
+            `visual_positions`.
     """
     folder = existing(
         model_path(name), "init_from must be the folder of a trained MLLM, e.g. runs/pretrain/model."
@@ -198,8 +198,10 @@ def load_parts(name: str, visual_positions: str = "none") -> MLLMParts:
 
     def build() -> Any:
         model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        if visual_positions != "none" and model.config.visual_positions == "none":
-            model.visual_embedder.add_positions()
+        if visual_positions and model.config.visual_positions == "none":
+            torch.manual_seed(seeding.derive_seed(seed, "visual_positions"))
+            model.visual_embedder = model.visual_embedder.with_positions()
+            model.config.visual_positions = visual_positions
         return model
 
     model = build_on_main(build, UniTokForConditionalGeneration)
