@@ -59,8 +59,8 @@ def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
         text_tokens: mean length of a caption, an answer or a line.
 
     Raises:
-        UserError: the config does not fit the files on disk, batch_size does not split over the ranks, or
-            the mixture generates images of a tokenizer whose codes an MLLM only reads.
+        UserError: the config does not fit the files on disk or the model, batch_size does not split over the
+            ranks, or the mixture generates images of a tokenizer whose codes an MLLM only reads.
     """
     micro_batch = config.micro_batch(gpus)
     model, assumed = model_on_meta(config)
@@ -99,6 +99,9 @@ def model_on_meta(config: MLLMRunConfig) -> tuple[Any, list[str]]:
             lambda: UniTokMLLMConfig.from_pretrained(str(model_path(str(config.init_from)))),
             lambda: UniTokMLLMConfig.named(PUBLISHED),
         )
+        if config.visual_positions and sizes.visual_positions == "none":  # as `load_parts` does
+            sizes.visual_positions = config.visual_positions
+            sizes.check_places()
     else:
         sizes = _new_model_config(config, assumed)
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_unitok.cli import main
 from open_unitok.core.errors import UserError
-from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.tokenizer import UniTokConfig
 from open_unitok.training import run
 from open_unitok.training.core import plan as core_plan
@@ -115,6 +115,22 @@ def test_a_pyramid_is_planned_for_reading_alone(tmp_path):
     assert planned("captioning").counts.image_tokens > 0
     with pytest.raises(UserError, match="but generates one grid"):
         planned("text_to_image")
+
+
+def test_added_place_vectors_are_planned(tmp_path):
+    given, key = [f"init_from={tmp_path}", "steps=1"], "visual_positions=learned_2d"
+
+    def embedder(*overrides: str) -> int:
+        return plan.plan_run(run.load_run_config(CONFIGS[1], [*given, *overrides]), 8).parameters[
+            "visual_embedder"
+        ][1]
+
+    UniTokMLLMConfig.named("unitok_mllm_7b").save_pretrained(tmp_path)
+    assert embedder(key) - embedder() == 2 * 16 * 4096
+    layout = {"rows": 32, "columns": 32, "tokens": 256}
+    UniTokMLLMConfig.named("unitok_mllm_7b", token_layout=layout).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a set of tokens: omit the key"):
+        embedder(key)
 
 
 @pytest.mark.parametrize(
