@@ -27,7 +27,7 @@ demo: .venv/.installed
 	$(BIN)/unitok demo
 
 SCENES := $(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --short-names
-PLACES := --question-shares existence=3 count=2 colour=2 shape=1 --turns 3 --conversations 6 --ask-places --part-captions 6
+PLACES := --question-shares existence=3 count=2 colour=2 shape=1 --turns 3 --conversations 6 --ask-positions --partial-captions 6
 SCENE_CODES := $(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model
 
 # Trains the shipped model (open_unitok/models/scenes): hours on 2 cores, resumable; results in runs/scenes/eval-bf16.

@@ -29,12 +29,13 @@ KINDS = ("colour", "attribution", "relation", "size")
 
 
 def sample_scenes(config: SceneConfig) -> list[Scene]:
-    """Scenes of two objects that differ in colour and in shape."""
+    """Scenes of two objects of different colours and shapes; training has their swapped pairs, too."""
     found, index = [], FIRST
     while len(found) < IMAGES:
         objects = (scene := sample_scene(config, "train", index)).objects
         if len(objects) == 2 == len({o.color for o in objects}) == len({o.shape for o in objects}):
-            found.append(scene)
+            swapped = {(objects[0].color, objects[1].shape), (objects[1].color, objects[0].shape)}
+            found += [] if swapped & config.held_out_pairs else [scene]
         index += 1
     return found
 
@@ -48,7 +49,8 @@ def caption_pair(scene: Scene, kind: str, config: SceneConfig, rng: random.Rando
 
     own = both(f"{first.color} {first.shape}", f"{second.color} {second.shape}")
     if kind == "colour":
-        other = rng.choice([c for c in config.color_names if c not in (first.color, second.color)])
+        known = [color for color, shape in config.class_pairs if shape == first.shape]  # in training
+        other = rng.choice([color for color in known if color not in (first.color, second.color)])
         return own, both(f"{other} {first.shape}", f"{second.color} {second.shape}")
     if kind == "attribution":
         return own, both(f"{second.color} {first.shape}", f"{first.color} {second.shape}")
@@ -64,7 +66,7 @@ def caption_pair(scene: Scene, kind: str, config: SceneConfig, rng: random.Rando
 
 
 @torch.no_grad()
-def information(model: UniTokForConditionalGeneration, build: SequenceBuilder, captions: list[str],
+def image_nll(model: UniTokForConditionalGeneration, build: SequenceBuilder, captions: list[str],
                 codes: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """(n,) negative log-likelihood in nats of each image's codes (n, N, K), given its caption."""
     found = []
@@ -105,7 +107,7 @@ def main() -> None:
         for kind in KINDS:
             rng = random.Random(0)
             own, other = zip(*(caption_pair(scene, kind, config, rng) for scene in scenes))
-            gain = information(model, build, list(other), codes) - information(model, build, list(own), codes)
+            gain = image_nll(model, build, list(other), codes) - image_nll(model, build, list(own), codes)
             share = 100 * (gain > 0).float().mean()
             print(f"{name}: {kind} {share:.0f} %, {gain.mean():+.2f} nats", flush=True)
 

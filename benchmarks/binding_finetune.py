@@ -15,13 +15,16 @@ import random
 import sys
 import tempfile
 import time
+from functools import partialmethod
 from typing import Any
 
 import torch
 from harness import RESULTS, processor_name, read_results, write_results
 
-from open_unitok.core.files import tokenizer_path
-from open_unitok.mllm import visual_embedder
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import model_path, tokenizer_path
+from open_unitok.core.text_files import read_json
+from open_unitok.mllm.visual_embedder import VisualEmbedder
 from open_unitok.tokenizer import UniTok
 from open_unitok.training.core.deepspeed_engine import set_lr_multiplier
 from open_unitok.training.core.run_dir import RunDir
@@ -35,9 +38,9 @@ from open_unitok.training.scenes.questions import sample_question
 from open_unitok.training.scenes.scene import render_array, sample_scene
 
 CONFIG = "configs/scenes/places.yaml"
-SCENES, QUESTIONS, EVERY, ROWS = 2_000, 250, 25, 125
+SCENES, QUESTIONS, EVERY, EVAL_BATCH = 2_000, 250, 25, 125
 # name -> (kind of question, numbers of objects)
-EXAM = {
+EVAL_SETS = {
     "existence": ("existence", (1, 2, 3, 4)),
     "position, 2 or 3": ("position", (2, 3)),
     "position, 4": ("position", (4,)),
@@ -48,16 +51,19 @@ ROWS_FILE = RESULTS / "binding_finetune.json"
 
 def run(share: float, overrides: list[str], steps: int) -> dict[str, Any]:
     """Fine-tune for `steps`; accuracies in % at every evaluation."""
-    visual_embedder.POSITION_SHARE = share
+    VisualEmbedder.with_positions = partialmethod(VisualEmbedder.with_positions, norm_ratio=share)
     with tempfile.TemporaryDirectory() as folder:
         config = load_run_config(CONFIG, [f"out={folder}/run", "checkpoint.every=100000", *overrides])
+        base = read_json(model_path(str(config.init_from)) / "config.json")
+        if base.get("visual_positions", "none") != "none":
+            raise UserError(f"{config.init_from} has position vectors already: --share would have no effect.")
         state = build_train_state(config, RunDir.open(config))
-        exam, start = build_exam(state), time.perf_counter()
-        curves: dict[str, list[float]] = {name: [] for name in exam}
+        eval_sets, start = build_eval_sets(state), time.perf_counter()
+        curves: dict[str, list[float]] = {name: [] for name in eval_sets}
         state.parts.model.train()
         for step in range(steps + 1):
             if step % EVERY == 0:
-                for name, batches in exam.items():
+                for name, batches in eval_sets.items():
                     curves[name].append(round(100 * accuracy(state.parts.model, batches), 1))
                 now = ", ".join(f"{name} {curve[-1]}" for name, curve in curves.items())
                 print(f"share {share}, step {step}: {now}", file=sys.stderr, flush=True)
@@ -72,7 +78,7 @@ def run(share: float, overrides: list[str], steps: int) -> dict[str, Any]:
     return {"share": share, "overrides": overrides, "seconds": seconds, "curves": curves}
 
 
-def build_exam(state: TrainState) -> dict[str, list[Batch]]:
+def build_eval_sets(state: TrainState) -> dict[str, list[Batch]]:
     """Batches of one question each about scenes that are not in training."""
     processor, sizes = state.parts.processor, state.parts.model.config
     config = load_config("configs/scenes/scenes.yaml")
@@ -80,8 +86,8 @@ def build_exam(state: TrainState) -> dict[str, list[Batch]]:
     unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32).eval()
     build = SequenceBuilder(processor, max_length=256).build
     scenes = [sample_scene(config, "train", config.train + config.text_lines + i) for i in range(SCENES)]
-    rng, exam = random.Random(0), {}
-    for name, (kind, numbers) in EXAM.items():
+    rng, eval_sets = random.Random(0), {}
+    for name, (kind, numbers) in EVAL_SETS.items():
         samples: list[TrainingSample] = []
         for scene in scenes:
             question = sample_question(scene, config, rng, kind, config.class_pairs)
@@ -92,11 +98,11 @@ def build_exam(state: TrainState) -> dict[str, list[Batch]]:
                 codes = unitok.encode(pixels)[0].numpy()
             sequence = build("conversation", json.dumps(as_turns([question])), (len(codes),))
             samples.append(TrainingSample("conversation", sequence, (codes,)))
-        exam[name] = [
-            collate(samples[i : i + ROWS], sizes.image_token_id, sizes.pad_token_id)
-            for i in range(0, len(samples), ROWS)
+        eval_sets[name] = [
+            collate(samples[i : i + EVAL_BATCH], sizes.image_token_id, sizes.pad_token_id)
+            for i in range(0, len(samples), EVAL_BATCH)
         ]
-    return exam
+    return eval_sets
 
 
 @torch.no_grad()
@@ -130,7 +136,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--share", type=float, default=1 / 3, help="place vectors' norm per visual norm")
-    parser.add_argument("--steps", type=int, default=300, help="of the schedule of the config")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="steps to train, of the schedule of the config"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the stored rows")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config")
     args = parser.parse_args()

@@ -47,25 +47,24 @@ def sample_pair_captions(scene: Scene, config: SceneConfig, rng: Random) -> list
     return captions
 
 
-def sample_part_captions(scene: Scene, config: SceneConfig, rng: Random) -> list[str]:
+def sample_partial_captions(scene: Scene, config: SceneConfig, rng: Random) -> list[str]:
     """Additional captions in which every object has some of its attributes: "a striped object and a star".
 
     A model that has learnt each attribute alone can compose pairs that training never shows.
     """
     captions = []
-    for i in range(config.part_captions):
-        names = {obj: _part_name(obj, rng) for obj in scene.objects}
+    for i in range(config.partial_captions):
+        names = {obj: _partial_name(obj, rng) for obj in scene.objects}
         kind = _position_caption if i % 3 == 2 else _plain_caption
         captions.append(kind(scene, config, rng, names.__getitem__))
     return captions
 
 
-def _part_name(obj: SceneObject, rng: Random) -> str:
+def _partial_name(obj: SceneObject, rng: Random) -> str:
     """A name of an object from a random part of its attributes, such as "large object"; at least one."""
-    words = [obj.size_name, obj.texture * (obj.texture != "plain"), obj.color, obj.shape]
-    known = [n for n, word in enumerate(words) if word]
-    kept = [n for n in known if rng.random() < 0.5] or [rng.choice(known)]
-    return " ".join([words[n] for n in kept] + ["object"] * (3 not in kept))
+    words = obj.words
+    kept = [word for word in words if rng.random() < 0.5] or [rng.choice(words)]
+    return " ".join([*kept, *(() if obj.shape in kept else ("object",))])
 
 
 def _full_name(obj: SceneObject) -> str:
@@ -86,10 +85,9 @@ def _any_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -
 
 def _plain_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
     # by default in any order: captions must not reveal positions by the order of their objects
-    objects = list(scene.objects)
-    rng.shuffle(objects)
-    if config.reading_order:
-        objects = list(scene.objects)
+    shuffled = list(scene.objects)
+    rng.shuffle(shuffled)  # also where it is not used: the random numbers after it must not shift
+    objects = scene.objects if config.reading_order else shuffled
     # identical names are counted: "two red circles"
     listed = join_phrases([with_count(n, k) for n, k in Counter(map(name, objects)).items()])
     frame = rng.choice(("{}", "{}", "a picture of {}", "there is {}", "an image with {}"))

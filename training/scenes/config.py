@@ -69,16 +69,18 @@ class SceneConfig:
         False,
         "training questions also name objects by shape or colour alone, with one relation per conversation",
     )
-    ask_places: bool = _setting(
+    ask_positions: bool = _setting(
         False,
-        "training conversations also ask where every object is, as far as no other answer gives it away; "
-        "`turns` counts the other questions",
+        "training conversations also ask for each object's row and column, once each; `turns` counts the "
+        "other questions, which are then not about positions or relations",
     )
     pair_captions: int = _setting(0, "additional captions of training scenes with two objects")
     reading_order: bool = _setting(
-        False, "captions without positions list the objects from left to right and from top to bottom"
+        False,
+        "captions without positions list the objects from left to right and from top to bottom, so that "
+        "their order tells positions",
     )
-    part_captions: int = _setting(
+    partial_captions: int = _setting(
         0, "additional captions of training scenes that name objects by some of their attributes"
     )
     questions: int = _setting(4, "questions per test scene")
@@ -205,7 +207,8 @@ def _rules(c: SceneConfig) -> Iterator[tuple[bool, str, str]]:
         *((getattr(c, name) >= 1, name, "expected 1 or more") for name in at_least_one),
         (min(shares) >= 0 and 0 < sum(shares) < math.inf, "question_shares",
          "expected finite numbers of 0 or more, at least one of them above 0"),
-        *((getattr(c, name) >= 0, name, "expected 0 or more") for name in ("pair_captions", "part_captions")),
+        (c.pair_captions >= 0, "pair_captions", "expected 0 or more"),
+        (c.partial_captions >= 0, "partial_captions", "expected 0 or more"),
         (c.vocabulary >= 300, "vocabulary", "expected 300 or more (256 are bytes)"),
     ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from ..core.config import read_yaml
 from ..core.text_tokenizer import train_text_tokenizer
 from ..data.tar_files import tar_writer, write_sample
 from .benchmark_files import write_attribute_prompts, write_test_split
-from .captions import sample_captions, sample_pair_captions, sample_part_captions, sample_sentences
+from .captions import sample_captions, sample_pair_captions, sample_partial_captions, sample_sentences
 from .config import QUESTION_KINDS, SceneConfig, with_values
 from .questions import SceneQuestion, sample_conversation
 from .scene import Scene, render, sample_scene
@@ -145,7 +145,7 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
         "scene": scene.as_json(),
         "captions": sample_captions(scene, config, rng, config.captions)
         + sample_pair_captions(scene, config, rng)
-        + sample_part_captions(scene, config, rng),
+        + sample_partial_captions(scene, config, rng),
         "conversations": [as_turns(questions) for questions in conversations if questions],
         "held_out": False,
     }

@@ -1,5 +1,6 @@
 """Questions about scenes with one-word answers, and conversations made of them."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -58,40 +59,39 @@ def sample_question(
 def sample_conversation(scene: Scene, config: SceneConfig, rng: Random, known: Pairs) -> list[SceneQuestion]:
     """One to `turns` different questions, their kinds sampled by `question_shares`.
 
-    With `ask_places` those of `_place_questions` replace its positions and relations, in random order.
+    With `ask_positions` they are of the other kinds, and those of `_position_questions` come between them.
     """
     wanted, names = rng.randint(1, config.turns), all_names if config.short_names else full_name
     found: dict[str, SceneQuestion] = {}
     # four candidates per question: some scenes allow no question of some kinds, and duplicates are dropped
     kinds = rng.choices(QUESTION_KINDS, list(config.question_shares.values()), k=4 * wanted)
     for kind in kinds:
+        if config.ask_positions and kind in ("position", "relation"):
+            continue
         if config.short_names and kind == "relation" and any(q.kind == kind for q in found.values()):
             continue  # one relation can give away the answer to another
         question = sample_question(scene, config, rng, kind, known, names)
         if question and len(found) < wanted:
             found.setdefault(question.text, question)
-    if not config.ask_places:
+    if not config.ask_positions:
         return list(found.values())
-    # their positions and relations would answer each other
-    others = [question for question in found.values() if question.kind not in ("position", "relation")]
-    questions = others + _place_questions(scene, others, rng, names)
+    questions = [*found.values(), *_position_questions(scene, list(found.values()), rng, names)]
     rng.shuffle(questions)
     return questions
 
 
-def _place_questions(
+def _position_questions(
     scene: Scene, others: list[SceneQuestion], rng: Random, names: NamesOf
 ) -> list[SceneQuestion]:
     """Relations of up to two pairs of objects, and the rows and columns that those leave open.
 
-    On a 2 x 2 grid the answer "left" gives away both columns. So each object's row, and its column, is the
-    subject of one question, and of none if one of `others` tells what is at its place: no answer follows from
-    another.
+    On a 2 x 2 grid the answer "left" of a relation gives away both columns. So each object's row, and its
+    column, is the subject of one question, and of none if one of `others` names its position: no other answer
+    alone gives it away. Several may, since two objects never share a cell.
     """
     unique = _unique_names(scene, names)
-    told = " ".join(question.text for question in others)
-    open_objects = [obj for obj in unique if f"at the {position_name(obj.cell, scene.grid)}" not in told]
-    places = [(obj, axis) for obj in open_objects for axis in (0, 1)]
+    told = [obj for obj in unique if any(_names_position(q.text, obj, scene.grid) for q in others)]
+    places = [(obj, axis) for obj in unique if obj not in told for axis in (0, 1)]
     pairs = [(a, b, axis) for a in unique for b in unique for axis in (0, 1) if a.cell[axis] != b.cell[axis]]
     rng.shuffle(pairs)
     found, wanted = [], rng.randint(0, 2)
@@ -99,11 +99,16 @@ def _place_questions(
         if len(found) < wanted and (first, axis) in places and (second, axis) in places:
             places.remove((first, axis))
             places.remove((second, axis))
-            answer = relations_between(first, second)[0 if axis or first.cell[1] == second.cell[1] else 1]
+            answer = relations_between(first, second)[0 if axis else -1]  # columns come first
             found.append(SceneQuestion("relation", *_ask_relation(first, second, answer, unique, rng)))
     for obj, axis in places:
         found.append(SceneQuestion("position", *_ask_position(obj, axis, scene.grid, unique, rng)))
     return found
+
+
+def _names_position(text: str, obj: SceneObject, grid: int) -> bool:
+    """Whether a question is about "the object at the top left", where `obj` is; "top" is not "top left"."""
+    return re.search(rf"at the {position_name(obj.cell, grid)}(?! (left|right))", text) is not None
 
 
 def absent_pair(scene: Scene, rng: Random, known: Pairs, similar: bool) -> tuple[str, str]:

@@ -36,9 +36,13 @@ class SceneObject:
     @property
     def name(self) -> str:
         """The object's full name in text, such as "red circle" or "small striped red circle"."""
-        return " ".join(
-            w for w in (self.size_name, self.texture * (self.texture != "plain"), *self.pair) if w
-        )
+        return " ".join(self.words)
+
+    @property
+    def words(self) -> list[str]:
+        """The words for its size, texture, colour and shape; plain objects have none for their texture."""
+        texture = "" if self.texture == "plain" else self.texture
+        return [word for word in (self.size_name, texture, *self.pair) if word]
 
 
 @dataclass(frozen=True)
