@@ -45,9 +45,9 @@ model: .venv/.installed
 	$(SCENE_CODES) --data 'runs/scenes/data_pairs/train/*.tar' --out runs/scenes/codes_pairs
 	$(BIN)/unitok train configs/scenes/captions.yaml
 	test runs/scenes/model -nt runs/scenes/captions/model || { rm -rf runs/scenes/model runs/scenes/replay_codes && \
-	  $(BIN)/unitok convert bf16 runs/scenes/captions/model runs/scenes/model --guidance 3 --temperature 0.3; }
+	  $(BIN)/unitok convert bf16 runs/scenes/captions/model runs/scenes/model --guidance 2 --temperature 0.1; }
 	$(BIN)/unitok extract-codes --tokenizer runs/scenes/model --data runs/scenes/data4/train/scenes-000000.tar --out runs/scenes/replay_codes
-	$(BIN)/unitok data replay runs/scenes/model runs/scenes/replay_codes --kinds text_to_image=0.5 captioning=0.05 conversation=0.45
+	$(BIN)/unitok data replay runs/scenes/model runs/scenes/replay_codes --kinds text_to_image=0.5 captioning=0.05 conversation=0.45 --samples 1300
 	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
 
 test: .venv/.dev
