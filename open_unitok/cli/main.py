@@ -16,7 +16,7 @@ from open_unitok.core.memory import is_memory_error, memory_reason
 COMMANDS: dict[str, str] = {
     "demo": "train a small model from scratch, use it and evaluate it, in minutes on a CPU",
     "doctor": "check hardware, optional packages and versions",
-    "data emoji": "fetch captioned emoji in up to three styles: training shards and held-out splits",
+    "data emoji": "fetch captioned emoji in three styles: training shards and held-out splits",
     "data scenes": "render captioned scenes of shapes: training shards and a test split",
     "data convert": "convert image-text data sets in common layouts to tar shards",
     "data text-tokenizer": "train a text tokenizer on the captions and texts of a data set",

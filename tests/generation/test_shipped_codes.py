@@ -1,4 +1,5 @@
-"""The shipped model generates pinned codes and answers, which the first version of the code computed.
+"""The shipped model generates pinned codes and answers. They were computed when its weights were replaced, by
+code that still computed for the earlier weights what the first version had.
 
 Its code rows are stored in bfloat16 with a mean norm of 0.96 and normalised on use.
 """
