@@ -27,7 +27,7 @@ demo: .venv/.installed
 	$(BIN)/unitok demo
 
 SCENES := $(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --short-names
-PLACES := --question-shares existence=3 count=2 colour=2 shape=1 --turns 3 --conversations 6 --ask-positions --partial-captions 6
+POSITIONS := --question-shares existence=3 count=2 colour=2 shape=1 --turns 3 --conversations 6 --ask-positions --partial-captions 6
 SCENE_CODES := $(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model
 
 # Trains the shipped model (open_unitok/models/scenes): hours on 2 cores, resumable; results in runs/scenes/eval-bf16.
@@ -36,11 +36,11 @@ model: .venv/.installed
 	$(SCENES) --question-shares existence=3 count=3 colour=2 shape=2 position=3 relation=4 --pair-captions 6 --out runs/scenes/data2
 	$(SCENE_CODES) --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
 	$(BIN)/unitok train configs/scenes/questions.yaml
-	$(SCENES) $(PLACES) --pair-captions 6 --out runs/scenes/data3
+	$(SCENES) $(POSITIONS) --pair-captions 6 --out runs/scenes/data3
 	$(SCENE_CODES) --data 'runs/scenes/data3/train/*.tar' --out runs/scenes/codes3
 	$(BIN)/unitok train configs/scenes/places.yaml
-	$(SCENES) $(PLACES) --pair-captions 9 --reading-order --out runs/scenes/data4
-	$(SCENES) $(PLACES) --pair-captions 9 --reading-order --max-objects 2 --train 16000 --out runs/scenes/data_pairs
+	$(SCENES) $(POSITIONS) --pair-captions 9 --reading-order --out runs/scenes/data4
+	$(SCENES) $(POSITIONS) --pair-captions 9 --reading-order --max-objects 2 --train 16000 --out runs/scenes/data_pairs
 	$(SCENE_CODES) --data 'runs/scenes/data4/train/*.tar' --out runs/scenes/codes4
 	$(SCENE_CODES) --data 'runs/scenes/data_pairs/train/*.tar' --out runs/scenes/codes_pairs
 	$(BIN)/unitok train configs/scenes/captions.yaml

@@ -13,16 +13,16 @@ import random
 
 import torch
 import torch.nn.functional as F
+from binding_scenes import encode_scenes
 
-from open_unitok.core.files import model_path, tokenizer_path
+from open_unitok.core.files import model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
-from open_unitok.tokenizer import UniTok
 from open_unitok.training.data.collate import TrainingSample, collate
 from open_unitok.training.data.sequences import SequenceBuilder
 from open_unitok.training.scenes.config import SceneConfig
 from open_unitok.training.scenes.dataset import load_config
 from open_unitok.training.scenes.phrases import RELATION_PHRASES, a_or_an, relations_between
-from open_unitok.training.scenes.scene import Scene, render_array, sample_scene
+from open_unitok.training.scenes.scene import Scene, sample_scene
 
 IMAGES, BATCH, FIRST = 200, 50, 60_000  # FIRST: index of a scene that no training set has
 KINDS = ("colour", "attribution", "relation", "size")
@@ -57,17 +57,17 @@ def caption_pair(scene: Scene, kind: str, config: SceneConfig, rng: random.Rando
     if kind == "size":
         other = rng.choice([name for name in config.size_names if name != first.size_name])
         return tuple(both(f"{size} {first.shape}", second.shape) for size in (first.size_name, other))  # pyright: ignore
-    first, second = rng.sample(
-        scene.objects, 2
-    )  # either order: in half of the captions the second comes first
+    # in half of the captions the second object comes first
+    first, second = rng.sample(scene.objects, 2)
     relation = RELATION_PHRASES[rng.choice(relations_between(first, second))]
     one, other = a_or_an(first.shape), a_or_an(second.shape)
     return f"{one} {relation} {other}", f"{other} {relation} {one}"
 
 
 @torch.no_grad()
-def image_nll(model: UniTokForConditionalGeneration, build: SequenceBuilder, captions: list[str],
-                codes: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def image_nll(
+    model: UniTokForConditionalGeneration, build: SequenceBuilder, captions: list[str], codes: torch.Tensor
+) -> torch.Tensor:
     """(n,) negative log-likelihood in nats of each image's codes (n, N, K), given its caption."""
     found = []
     for rows in torch.arange(len(captions)).split(BATCH):
@@ -94,12 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config("configs/scenes/scenes.yaml")
     scenes = sample_scenes(config)
-    unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32).eval()
-    pixels = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes])
-    with torch.no_grad():
-        codes = torch.cat(
-            [unitok.encode(part.permute(0, 3, 1, 2) / 127.5 - 1) for part in pixels.split(BATCH)]
-        )
+    codes = encode_scenes(scenes)
     for name in args.models:
         folder = model_path(name)
         model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,9 +1,11 @@
 """How long the place vectors of a trained model must be: accuracy while configs/scenes/places.yaml trains, by
 their share of the norm of the visual vectors (docs/experiments/binding.md).
 
-    unitok data scenes ... and unitok extract-codes ..., as configs/scenes/places.yaml says
-    python benchmarks/binding_finetune.py --share 0.33 [--steps 600] [init_from=scenes and other overrides]
+    python benchmarks/binding_finetune.py --share 0.33 [--steps 600] [KEY=VALUE ...]
     python benchmarks/binding_finetune.py --table
+
+It needs the data and the model that configs/scenes/places.yaml names; the run of the docs is that config with
+schedule.kind=constant batch_size=32 'data.mixture=[{kind: conversation, path: runs/scenes/codes3}]'.
 
 Questions are about 2,000 scenes beyond the 40,000 that the data has, with full names; position is asked about
 two and three objects, and about four, where a model that ignores the named object is right in half the cases.
@@ -19,13 +21,13 @@ from functools import partialmethod
 from typing import Any
 
 import torch
+from binding_scenes import encode_scenes
 from harness import RESULTS, processor_name, read_results, write_results
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import model_path, tokenizer_path
+from open_unitok.core.files import model_path
 from open_unitok.core.text_files import read_json
 from open_unitok.mllm.visual_embedder import VisualEmbedder
-from open_unitok.tokenizer import UniTok
 from open_unitok.training.core.deepspeed_engine import set_lr_multiplier
 from open_unitok.training.core.run_dir import RunDir
 from open_unitok.training.core.schedules import lr_multiplier
@@ -35,7 +37,7 @@ from open_unitok.training.mllm.train import TrainState, build_train_state, train
 from open_unitok.training.run import load_run_config
 from open_unitok.training.scenes.dataset import as_turns, load_config
 from open_unitok.training.scenes.questions import sample_question
-from open_unitok.training.scenes.scene import render_array, sample_scene
+from open_unitok.training.scenes.scene import sample_scene
 
 CONFIG = "configs/scenes/places.yaml"
 SCENES, QUESTIONS, EVERY, EVAL_BATCH = 2_000, 250, 25, 125
@@ -62,17 +64,16 @@ def run(share: float, overrides: list[str], steps: int) -> dict[str, Any]:
         curves: dict[str, list[float]] = {name: [] for name in eval_sets}
         state.parts.model.train()
         for step in range(steps + 1):
-            if step % EVERY == 0:
+            if step % EVERY == 0 or step == steps:
                 for name, batches in eval_sets.items():
                     curves[name].append(round(100 * accuracy(state.parts.model, batches), 1))
                 now = ", ".join(f"{name} {curve[-1]}" for name, curve in curves.items())
                 print(f"share {share}, step {step}: {now}", file=sys.stderr, flush=True)
+            if step == steps:
+                break
             schedule = config.schedule
             ends = schedule.warmup, schedule.start, schedule.end
-            set_lr_multiplier(
-                state.engine,
-                lr_multiplier(schedule.kind, step, config.steps, *ends),
-            )
+            set_lr_multiplier(state.engine, lr_multiplier(schedule.kind, step, config.steps, *ends))
             train_step(state, config, state.mixture.next(), step)
     seconds = round(time.perf_counter() - start)
     return {"share": share, "overrides": overrides, "seconds": seconds, "curves": curves}
@@ -83,19 +84,15 @@ def build_eval_sets(state: TrainState) -> dict[str, list[Batch]]:
     processor, sizes = state.parts.processor, state.parts.model.config
     config = load_config("configs/scenes/scenes.yaml")
     assert processor is not None
-    unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32).eval()
     build = SequenceBuilder(processor, max_length=256).build
     scenes = [sample_scene(config, "train", config.train + config.text_lines + i) for i in range(SCENES)]
     rng, eval_sets = random.Random(0), {}
     for name, (kind, numbers) in EVAL_SETS.items():
-        samples: list[TrainingSample] = []
-        for scene in scenes:
-            question = sample_question(scene, config, rng, kind, config.class_pairs)
-            if question is None or len(scene.objects) not in numbers or len(samples) == QUESTIONS:
-                continue
-            pixels = torch.from_numpy(render_array(scene)).permute(2, 0, 1)[None] / 127.5 - 1
-            with torch.no_grad():
-                codes = unitok.encode(pixels)[0].numpy()
+        some = [scene for scene in scenes if len(scene.objects) in numbers]
+        asked = [(scene, sample_question(scene, config, rng, kind, config.class_pairs)) for scene in some]
+        asked = [(scene, question) for scene, question in asked if question][:QUESTIONS]
+        samples = []
+        for codes, (_, question) in zip(encode_scenes([scene for scene, _ in asked]).numpy(), asked):
             sequence = build("conversation", json.dumps(as_turns([question])), (len(codes),))
             samples.append(TrainingSample("conversation", sequence, (codes,)))
         eval_sets[name] = [

@@ -111,16 +111,23 @@ def rendered_scenes(n: int, held_out: bool, folder: Path = Path("runs/binding"))
         return Scenes(*torch.load(path, weights_only=True))
     scenes, random = sample_scenes(n, torch.Generator().manual_seed(7), held_out), Random(7)
     config = load_config("configs/scenes/scenes.yaml")
-    unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32).eval()
-    codes = []
-    for rows in torch.arange(n).split(200):
-        images = [render_array(scene) for scene in as_images(scenes.take(rows), config, random)]
-        pixels = torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2) / 127.5 - 1
-        with torch.no_grad():
-            codes.append(unitok.encode(pixels))
-    found = scenes._replace(codes=torch.cat(codes))
+    images = [
+        scene for rows in torch.arange(n).split(200) for scene in as_images(scenes.take(rows), config, random)
+    ]
+    found = scenes._replace(codes=encode_scenes(images))
     torch.save(tuple(found), make_folder(folder) / path.name)
     return found
+
+
+@torch.no_grad()
+def encode_scenes(scenes: Sequence[Scene]) -> torch.Tensor:
+    """(n, N, K) codes of rendered scenes by the shipped tokenizer."""
+    unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32).eval()
+    codes = []
+    for start in range(0, len(scenes), 200):
+        images = [torch.from_numpy(render_array(scene)) for scene in scenes[start : start + 200]]
+        codes.append(unitok.encode(torch.stack(images).permute(0, 3, 1, 2) / 127.5 - 1))
+    return torch.cat(codes)
 
 
 def as_images(scenes: Scenes, config: SceneConfig, random: Random) -> list[Scene]:
