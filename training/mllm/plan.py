@@ -93,10 +93,11 @@ def model_on_meta(config: MLLMRunConfig) -> tuple[Any, list[str]]:
     """The model of the run without storage, with its adapters and frozen parts; and the assumptions made."""
     assumed: list[str] = []
     if config.init_from:
+        base = str(model_path(config.init_from))
         sizes = _on_disk_or(
-            config.init_from,
+            base,
             assumed,
-            lambda: UniTokMLLMConfig.from_pretrained(str(model_path(str(config.init_from)))),
+            lambda: UniTokMLLMConfig.from_pretrained(base),
             lambda: UniTokMLLMConfig.named(PUBLISHED),
         )
         if config.visual_positions and sizes.visual_positions == "none":  # as `load_parts` does
