@@ -68,6 +68,8 @@ def write_emoji(
     with package_folders(packages, out / _PACKAGES, styles) as folders:
         images = read_emoji(folders)
         check_sources(images, frozen, folders)
+        # Unicode writes names in capitals; people type small letters
+        images = [i._replace(emoji=i.emoji._replace(name=i.emoji.name.lower())) for i in images]
         splits: dict[str, list[EmojiImage]] = {split: [] for split in SPLITS}
         # an order of hashes: styles and categories are mixed in every tar
         for image in sorted(images, key=lambda image: hashlib.sha256(image.key.encode()).digest()):

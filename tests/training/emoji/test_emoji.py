@@ -256,6 +256,7 @@ def test_every_image_is_in_one_split_with_captions_and_labels(emoji, small_split
                 assert image.mode == "RGB" and image.size == (64, 64)
                 style, _, code = key.partition("-")
                 name, category, _ = EMOJI[code.upper()]
+                name = name.lower()
                 wanted = [name, f"{name}, {STYLES[style].title} style"]
                 assert record["captions"] == wanted and record["category"] == category
                 assert tar.extractfile(f"{key}.txt").read().decode().splitlines() == wanted
