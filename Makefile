@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo model test test-slow test-gpu lint format layout typecheck docs clean
+.PHONY: demo model emoji test test-slow test-gpu lint format layout typecheck docs clean
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml configs/constraints.txt
@@ -49,6 +49,20 @@ model: .venv/.installed
 	$(BIN)/unitok extract-codes --tokenizer runs/scenes/model --data runs/scenes/data4/train/scenes-000000.tar --out runs/scenes/replay_codes
 	$(BIN)/unitok data replay runs/scenes/model runs/scenes/replay_codes --kinds text_to_image=0.5 captioning=0.05 conversation=0.45 --samples 1300
 	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
+
+EMOJI_EVAL := $(BIN)/unitok eval run reconstruction emoji_reconstruction emoji emoji_questions --model runs/emoji/model
+
+# Trains the shipped model of emoji (open_unitok/models/emoji): hours on 2 cores, resumable; npm fetches the images.
+emoji: .venv/.installed
+	$(BIN)/unitok data emoji --styles google twitter --out runs/emoji/data
+	$(BIN)/unitok train configs/emoji/tokenizer.yaml
+	$(BIN)/unitok extract-codes --tokenizer runs/emoji/tokenizer/model --data 'runs/emoji/data/train/*.tar' --out runs/emoji/codes
+	$(BIN)/unitok train configs/emoji/mllm.yaml
+	test runs/emoji/model -nt runs/emoji/mllm/model || { rm -rf runs/emoji/model && \
+	  $(BIN)/unitok convert bf16 runs/emoji/mllm/model runs/emoji/model --guidance 2 --temperature 0.5; }
+	$(BIN)/unitok eval run emoji emoji_questions --model runs/emoji/model --data runs/emoji/data/train --out runs/emoji/eval/train
+	$(EMOJI_EVAL) --data runs/emoji/data/pairs --out runs/emoji/eval/pairs
+	$(EMOJI_EVAL) --data runs/emoji/data/unseen --out runs/emoji/eval/unseen
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --durations 15
