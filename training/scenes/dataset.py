@@ -8,8 +8,11 @@ is rejected unless `--overwrite` is given.
 import io
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +21,7 @@ from tqdm import tqdm
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic, write_json
+from open_unitok.core.processes import available_cores, die_with_parent
 from open_unitok.core.text_files import read_json
 
 from ..core.config import read_yaml
@@ -32,6 +36,7 @@ from .shapes import COLORS, PALE, SHAPES
 
 FINISHED = "scenes.json"
 UNFINISHED = "unfinished.json"  # the configuration of a run in progress
+PER_PROCESS = 1000  # training scenes for which a process is worth its start
 # prompt templates around captions, questions and answers: the text tokenizer must encode them in few tokens
 _PROMPT_PIECES = ("USER:", "ASSISTANT:", " Generate an image based on this description.", "<unconditional>")
 
@@ -67,12 +72,7 @@ def write_scenes(
     write_json(out / UNFINISHED, {"config": wanted})
     train = config.train if config.split == "test" else 0
     with tqdm(total=train + config.test, desc="scenes", unit=" scenes", disable=not progress) as bar:
-        for shard in range(-(-train // config.shard)):
-            path = out / "train" / f"scenes-{shard:06d}.tar"
-            indices = range(shard * config.shard, min((shard + 1) * config.shard, train))
-            if not path.exists():  # written atomically: one that exists is complete
-                write_atomic(path, _tar(config, indices))
-            bar.update(len(indices))
+        _write_shards(config, out / "train", train, bar.update)
         if train:
             _write_text(config, out / "text")
         write_test_split(config, out / "test", bar.update)
@@ -161,6 +161,34 @@ def as_turns(questions: list[SceneQuestion]) -> list[dict[str, str]]:
         turns.append({"from": "human", "value": ("" if number else "<image>\n") + question.text})
         turns.append({"from": "gpt", "value": question.answer})
     return turns
+
+
+def _write_shards(config: SceneConfig, folder: Path, count: int, progress: Callable[[int], object]) -> None:
+    """Write the tars of `count` training scenes that are missing, by one process per core."""
+    starts = range(0, count, config.shard)
+    shards = [range(start, min(start + config.shard, count)) for start in starts]
+    processes = min(available_cores(), len(shards), count // PER_PROCESS)
+    write = partial(_write_shard, config, folder)
+    if processes < 2 or "fork" not in get_all_start_methods():
+        for indices in shards:
+            progress(write(indices))
+        return
+    # the order of the tars in time does not matter: each is a function of its indices
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=die_with_parent) as pool:
+        try:
+            for written in as_completed([pool.submit(write, indices) for indices in shards]):
+                progress(written.result())
+        except BaseException:  # also KeyboardInterrupt: do not write the rest first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_shard(config: SceneConfig, folder: Path, indices: range) -> int:
+    """Write a tar, unless it exists; returns the number of its scenes."""
+    path = folder / f"scenes-{indices.start // config.shard:06d}.tar"
+    if not path.exists():  # written atomically: one that exists is complete
+        write_atomic(path, _tar(config, indices))
+    return len(indices)
 
 
 def _tar(config: SceneConfig, indices: Iterable[int]) -> bytes:

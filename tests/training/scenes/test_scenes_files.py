@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 
@@ -49,6 +50,25 @@ def test_an_interrupted_run_resumes_to_the_same_bytes_and_a_finished_one_is_kept
     (out / "test" / "images.partial" / "scenes_test_000000000000.png").write_bytes(b"half")
     assert dataset.write_scenes(SMALL, out, progress=False)
     assert digests(out) == before
+
+
+def test_several_processes_write_the_same_bytes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "PER_PROCESS", 10)
+    monkeypatch.setattr(dataset, "available_cores", lambda: 2)
+    assert dataset.write_scenes(SMALL, tmp_path / "parallel", progress=False)
+    assert digests(tmp_path / "parallel") == digests(data)
+
+
+def test_an_error_of_a_process_is_the_commands_error(tmp_path, monkeypatch):
+    def full(path, content):
+        raise UserError(f"{os.getpid()}: the disk is full")
+
+    monkeypatch.setattr(dataset, "PER_PROCESS", 10)
+    monkeypatch.setattr(dataset, "available_cores", lambda: 2)
+    monkeypatch.setattr(dataset, "write_atomic", full)
+    with pytest.raises(UserError, match="the disk is full") as error:
+        dataset.write_scenes(SMALL, tmp_path / "parallel", progress=False)
+    assert str(os.getpid()) not in str(error.value)  # it was another process
 
 
 def test_a_finished_folder_with_fewer_settings_is_recognised(data, tmp_path):
