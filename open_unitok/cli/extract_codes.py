@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=1.1,
         metavar="RANGE",
         help="ten crops of each image scaled to RANGE x the tokenizer's size, of which training samples one; "
-        "for class-conditional models (default RANGE: 1.1)",
+        "for class-conditional models, and to augment images that are read (default RANGE: 1.1)",
     )
     parser.add_argument(
         "--captions",

@@ -100,7 +100,7 @@ def check_dataset(
     if workers < 0 or (samples is not None and samples < 0):
         raise UserError("--samples and --workers must be 0 or more.")
     dataset = _open(path, codes)
-    counts = _Counts(dataset.codes.code_sizes if dataset.codes else [])
+    counts = _Counts(dataset.codes)
     broken = list(dataset.problems)
     # evenly spread: every step-th sample
     most = samples if samples is not None else _MANY
@@ -166,11 +166,12 @@ def _note_lines(notes: list[Notes]) -> list[str]:
 class _Counts:
     """Counts over samples."""
 
-    def __init__(self, code_sizes: list[int]):
+    def __init__(self, codes: CodeFolder | None):
         self.images = self.transparent = 0
         self.fields: Counter[str] = Counter()  # field of KEY.json -> samples that have it
         self.words: dict[str, list[int]] = {}  # field -> words of each text
-        self.code_sizes = code_sizes  # of the K codes; none without codes
+        self.code_sizes = codes.code_sizes if codes else []  # of the K codes
+        self.crops = codes.crops if codes else 1  # of each image
         self.used: np.ndarray | None = None  # (K, V) bool
         self.shown: list[str] = []  # a random sample of captions
         self._random = random.Random(0)
@@ -181,7 +182,7 @@ class _Counts:
         by_field: dict[str, list[str]] = {}
         for kind in SAMPLE_KINDS.values():
             if kind.field not in by_field:  # several kinds read the same field
-                by_field[kind.field] = kind.texts(sample.info, num_images)
+                by_field[kind.field] = kind.texts(sample.info, num_images // self.crops)
         by_field = {field: texts for field, texts in by_field.items() if texts}
         self.images += num_images
         self.transparent += sample.transparent

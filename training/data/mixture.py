@@ -284,7 +284,9 @@ def open_datasets(
         if not len(dataset):
             raise UserError(f"data.mixture: {entry.path} holds no sample.")
         codes = dataset.codes
-        if codes is not None and codes.crops > 1 and not SAMPLE_KINDS[entry.kind].samples_crops:
+        if codes is None or codes.crops == 1:
+            continue
+        if not SAMPLE_KINDS[entry.kind].samples_crops or entry.dataset == CONVERSATION_FILE:
             raise UserError(
                 f"{codes.folder} holds {codes.crops} crops of each image (extract-codes --ten-crop), which "
                 f"kind {entry.kind} would read as {codes.crops} images: extract codes without --ten-crop."

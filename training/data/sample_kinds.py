@@ -111,9 +111,11 @@ def bos_ids(processor: Any) -> list[int]:
 
 
 class CaptioningKind(SampleKind):
-    """Image to text, as in the published pretraining: the caption and eos are learned."""
+    """Image to text, as in the published pretraining: the caption and eos are learned. Of several crops one
+    is sampled."""
 
     field = "captions"
+    samples_crops = True
 
     def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
         return caption_texts(info)
@@ -122,7 +124,7 @@ class CaptioningKind(SampleKind):
         caption = choose_caption(sample, options, random[0])
         if not caption:
             raise BadSample("has no caption")
-        return Selection(caption, (0,))
+        return Selection(caption, (int(random[1] * sample.crops),))
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         # encode_text prepends bos, which is already the first id
@@ -139,6 +141,7 @@ class TextToImageKind(CaptioningKind):
     crop = "crop"
     generates_images = True
     learns_text = False
+    samples_crops = False  # a prompt generates the whole image
     shuffle_name = "drawing"  # the kind's first name: a seed keeps giving the same run
 
     def alternative(self, options: DropOptions, random: Sequence[float]) -> str | None:
@@ -162,10 +165,12 @@ class TextToImageKind(CaptioningKind):
 
 
 class ConversationKind(SampleKind):
-    """Questions and answers in the processor's template; the answers are learned."""
+    """Questions and answers in the processor's template; the answers are learned. Of several crops one
+    is sampled."""
 
     reads = (CODE_FOLDER, CONVERSATION_FILE)
     field = "conversations"
+    samples_crops = True
     crop = "pad"
 
     def crop_for(self, style: Any) -> str | None:
@@ -183,8 +188,10 @@ class ConversationKind(SampleKind):
         if not isinstance(given, list) or not given:
             raise BadSample("has no conversation")
         chosen = {"conversations": given[int(random[0] * len(given))]}
-        count = len(sample.images)
-        return Selection(json.dumps(conversation_turns(chosen, count)), tuple(range(count)))
+        numbers = tuple(range(len(sample.images)))
+        if sample.crops > 1:
+            numbers = (int(random[1] * sample.crops),)
+        return Selection(json.dumps(conversation_turns(chosen, len(numbers))), numbers)
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         return processor.conversation_ids(json.loads(text or "[]"))
@@ -318,7 +325,7 @@ def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> s
     Raises:
         BadSample: another number of images, or captions that are not texts.
     """
-    if len(sample.images) != 1:
+    if len(sample.images) != sample.crops:
         raise BadSample(f"has {len(sample.images)} images, expected 1")
     long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
     # one number for both choices: `captions` is sampled only without a long and a short caption

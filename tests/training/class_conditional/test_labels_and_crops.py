@@ -74,10 +74,33 @@ def test_training_on_crops_differs_by_the_sampled_crop_alone(classes):
     )
 
 
+def test_kinds_that_read_one_image_sample_a_crop():
+    """Ten crops are augmentation: a caption or conversation is about whichever is sampled."""
+    codes = np.arange(10)[:, None, None] * np.ones((1, 4, 3), np.uint16)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a rose"}]
+    info = {"captions": ["a rose"], "conversations": [turns]}
+    for kind in ("captioning", "conversation", "alignment"):
+        for number in (0.0, 0.55, 0.999):
+            sample = CodeSample("x", codes, info, crops=10)
+            chosen = SAMPLE_KINDS[kind].select(sample, DropOptions(), (0.0, number, 0.0))
+            assert chosen.images == (int(number * 10),) and chosen.text.count("<image>") <= 1
+        one = CodeSample("x", codes[3], info)
+        assert SAMPLE_KINDS[kind].select(one, DropOptions(), (0.0, 0.999, 0.0)).images == (0,)
+
+
+def test_images_that_conversation_files_name_are_not_crops(classes, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a rose"}]
+    (tmp_path / "c.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}]))
+    crops = str(classes.folder / "crops")
+    entries = [MixtureEntry(kind="conversation", path=str(tmp_path / "c.json"), codes=crops)]
+    with pytest.raises(UserError, match="10 crops of each image"):
+        open_datasets(MixtureOptions(mixture=entries), None)
+
+
 @pytest.mark.parametrize("kind", [name for name, kind in SAMPLE_KINDS.items() if "code folder" in kind.reads])
-def test_every_other_kind_refuses_ten_crops(classes, kind):
+def test_other_kinds_refuse_ten_crops(classes, kind):
     entries = [MixtureEntry(kind=kind, path=str(classes.folder / "crops"))]
-    if kind == "class_conditional":
+    if kind in ("class_conditional", "captioning", "conversation", "alignment"):
         assert len(open_datasets(MixtureOptions(mixture=entries), None)) == 1
         return
     with pytest.raises(UserError, match=f"10 crops of each image .* which kind {kind} would read as 10"):
