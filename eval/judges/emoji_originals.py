@@ -3,6 +3,7 @@
 The originals are those of all splits, so chance is one in 1,900. Differences are squared, of pixels.
 """
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,20 @@ def _style_mean(rows: list[Record]) -> Metric:
 def _find_nearest(task: Task, records: dict[int, Record], folder: Path) -> list[Record]:
     items, owners = task.truth["prompts"], task.truth["owners"]
     originals, labels = _read_originals(task.truth["folders"])
-    finder, per_sample = NearestOriginals(originals), []
+    finder, per_sample, of_name = NearestOriginals(originals), [], defaultdict(list)
+    for number, (name, _) in enumerate(labels):
+        of_name[name].append(number)
     for sample in task.samples:
         item, file = items[owners[sample.index]], records.get(sample.index, {}).get("file")
         right, in_style, reason = False, False, "no image"
         if file and not sample.malformed:
             image = np.asarray(read_sample_image(folder / file))
-            found = labels[finder.nearest(image)]
-            reason = f"nearest: {found[0]}, {found[1]} style"
-            own = [i for i, label in enumerate(labels) if label[0] == item["name"]]
-            right = finder.is_nearest(image, own)
-            in_style = finder.is_nearest(image, [i for i in own if labels[i][1] == item["style"]])
+            nearest = finder.nearest(image)
+            reason = "nearest: {}, {} style".format(*labels[nearest])
+            best = finder.distances(image, [nearest])[0]
+            # equal images are equally right
+            own = [labels[i] for i in of_name[item["name"]] if finder.distances(image, [i])[0] <= best]
+            right, in_style = bool(own), (item["name"], item["style"]) in own
         record = ceiling.object_record(sample, records, right, "" if in_style else reason, False)
         per_sample.append(
             {

@@ -39,8 +39,3 @@ class NearestOriginals:
         """Exact squared differences of an image and some originals."""
         difference = self.originals[np.asarray(which)].astype(np.int64) - image.astype(np.int64)
         return (difference**2).reshape(len(difference), -1).sum(axis=1)
-
-    def is_nearest(self, image: np.ndarray, which: Sequence[int]) -> bool:
-        """Whether no original is nearer than the nearest of `which`: equal images are equally right."""
-        best = self.distances(image, [self.nearest(image)])[0]
-        return bool(self.distances(image, which).min() <= best)
