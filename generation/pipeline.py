@@ -70,7 +70,7 @@ class Pipeline:
         backend: str = "auto",
     ) -> "Pipeline":
         """Load an MLLM folder (model, processor, `unitok/`), a class-conditional folder (model, `unitok/`), a
-        shipped model ("scenes") or a hub id.
+        shipped model ("scenes", "emoji") or a hub id.
 
         Args:
             device: "cpu", "cuda", "cuda:1", "mps"; a GPU becomes this thread's current one.

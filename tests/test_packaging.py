@@ -89,6 +89,9 @@ def test_a_wheel(source, tmp_path):
         "models/scenes/unitok/model.safetensors",
         "models/scenes/replay/codes-000000.tar.xz",
         "models/scenes/replay/replay.json",
+        "models/emoji/model.safetensors",
+        "models/emoji/unitok/model.safetensors",
+        "models/emoji/licenses/CC-BY-4.0.txt",
         "generation/ui/page.css",
         "eval/core/data/imagenet_classes.json",
     ):

@@ -17,6 +17,7 @@ DOCUMENTS = {
     "training/README.md": 6,
     "eval/README.md": 6,
     "open_unitok/models/scenes/README.md": 6,
+    "open_unitok/models/emoji/README.md": 8,
 }
 DOCUMENTS |= {path.relative_to(ROOT).as_posix(): 0 for path in sorted((ROOT / "docs").rglob("*.md"))}
 DOCUMENTS |= {"docs/own_images.md": 6}

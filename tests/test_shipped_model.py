@@ -1,4 +1,4 @@
-"""The shipped model: small, found by its name, generates and answers."""
+"""The shipped models: small, found by their names, generate and answer."""
 
 import collections
 
@@ -11,6 +11,7 @@ from open_unitok.core.files import DEFAULT_MODEL, REPLAY_FOLDER, SHIPPED_MODELS,
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object
 from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.data.mixture_options import read_replay
+from open_unitok.training.emoji.packages import EMOJI_PACKAGES
 from open_unitok.training.run import load_run_config
 from open_unitok.training.scenes.benchmark_files import sample_test_questions
 from open_unitok.training.scenes.dataset import load_config, scenes_description
@@ -72,3 +73,44 @@ def test_it_answers_questions_of_the_test_split(pipe):
     easy = [hit for kind in ("existence", "count", "colour", "shape") for hit in hits[kind]]
     assert len(easy) > 100 and sum(easy) > 0.9 * len(easy)
     assert sum(hits["position"]) > 0.6 * len(hits["position"])
+
+
+# ---- emoji -------------------------------------------------------------------------------------------------
+
+EMOJI = SHIPPED_MODELS / "emoji"
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return Pipeline.from_pretrained("emoji", device="cpu")
+
+
+def test_emoji_are_small_and_come_with_their_licences():
+    files = [file for file in EMOJI.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 16e6
+    card = (EMOJI / "README.md").read_text()
+    assert "make emoji" in card
+    for package in EMOJI_PACKAGES:  # what is not attributed must not be in the weights
+        assert (package.attribution in card) == (package.style in ("google", "twitter"))
+    for licence, words in LICENCES.items():
+        assert f"licenses/{licence}" in card and words in (EMOJI / "licenses" / licence).read_text()
+    assert Sampling.from_folder(EMOJI) != Sampling()
+
+
+LICENCES = {
+    "Apache-2.0.txt": "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION",
+    "CC-BY-4.0.txt": "Creative Commons Attribution 4.0 International Public License",
+    "MIT.txt": "Copyright (c) 2013 Cal Henderson",
+}
+
+
+def test_emoji_names_what_it_generates(emoji):
+    """The originals are not here: a second reading of the codes stands for them."""
+    names = ["octopus", "sunflower", "red apple", "snowman", "umbrella", "penguin", "cactus", "guitar"]
+    styles = ["Google", "Twitter"] * 4
+    images = emoji.generate([f"{name}, {style} style" for name, style in zip(names, styles)], seed=0)
+    assert images[0].size == (64, 64)
+    told = emoji.answer(images, ["What is this?"] * 8, max_new_tokens=16)
+    assert sum(a == b for a, b in zip(told, names)) >= 7
+    # the prompt's style is met in two thirds of the images only
+    assert set(emoji.answer(images, ["Which style is it?"] * 8, max_new_tokens=8)) <= {"Google", "Twitter"}

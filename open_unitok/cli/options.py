@@ -21,7 +21,7 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help=f"model folder, hub id, or the shipped model (default: {DEFAULT_MODEL})",
+        help=f"model folder, hub id, or a shipped model: scenes, emoji (default: {DEFAULT_MODEL})",
     )
     if adapter:
         parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")
