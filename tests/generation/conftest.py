@@ -1,7 +1,9 @@
 """Fixtures: tiny random models for image and text generation, a pipeline, and a running server."""
 
 import contextlib
+import faulthandler
 import json
+import sys
 import threading
 import time
 import urllib.error
@@ -179,6 +181,8 @@ def running(pipe, limits=None, **options):
     finally:
         server.should_exit = True
         thread.join(60)  # beside other tests it may take its time
+        if thread.is_alive():
+            faulthandler.dump_traceback(file=sys.__stderr__)  # what it waits for
         assert not thread.is_alive()
 
 
