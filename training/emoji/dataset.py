@@ -118,8 +118,13 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         if isinstance(found, dict) and {key: found.get(key) for key in wanted} == wanted:
             if not all((out / split / _ITEMS).exists() for split in SPLITS):
                 raise UserError(f"{out} is of an earlier version, without questions; remove it and repeat.")
+            names = [item["name"] for item in read_json(out / "train" / _ITEMS)]
+            if any(name != name.lower() for name in names):
+                raise UserError(
+                    f"{out} is of an earlier version, with names in capitals; remove it and repeat."
+                )
             if not (out / "text" / EDGES).exists():  # a folder of an earlier version
-                write_words(out / "text", [item["name"] for item in read_json(out / "train" / _ITEMS)])
+                write_words(out / "text", names)
             return found
         held = _settings(found) if isinstance(found, dict) else "unknown"
         raise UserError(

@@ -31,14 +31,14 @@ MODEL = {
 }  # fmt: skip
 
 
-def write_images(path, count, member="json", label=lambda number: number % CLASSES, side=40):
-    """A tar of random images; the class is in KEY.json or KEY.cls."""
+def write_images(path, count, member="json", label=lambda number: number % CLASSES, side=40, **more):
+    """A tar of random images; the class is in KEY.json, with `more` keys, or KEY.cls."""
     with tarfile.open(path, "w") as tar:
         for number in range(count):
             png = io.BytesIO()
             pixels = np.random.default_rng(number).integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(png, "PNG")
-            text = str(label(number)) if member == "cls" else json.dumps({"label": label(number)})
+            text = str(label(number)) if member == "cls" else json.dumps({"label": label(number), **more})
             for ending, data in (("png", png.getvalue()), (member, text.encode())):
                 info = tarfile.TarInfo(f"{number:05d}.{ending}")
                 info.size = len(data)

@@ -1,4 +1,4 @@
-"""Labels and ten crops in code folders: ADM's crops, one of them sampled, refused as documents."""
+"""Labels and ten crops in code folders: ADM's crops, of which one is sampled; documents refuse them."""
 
 import json
 
@@ -10,6 +10,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import adm_crop, from_pil, ten_crops
+from open_unitok.training.data.check import check_dataset
 from open_unitok.training.data.code_shards import CodeFolder, CodeSample
 from open_unitok.training.data.convert import convert_dataset
 from open_unitok.training.data.mixture import open_datasets
@@ -86,6 +87,15 @@ def test_kinds_that_read_one_image_sample_a_crop():
             assert chosen.images == (int(number * 10),) and chosen.text.count("<image>") <= 1
         one = CodeSample("x", codes[3], info)
         assert SAMPLE_KINDS[kind].select(one, DropOptions(), (0.0, 0.999, 0.0)).images == (0,)
+
+
+def test_crops_are_checked_as_one_image(classes, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a rose"}]
+    write_images(tmp_path / "x.tar", 2, captions=["a rose"], conversations=[turns])
+    words = ("--tokenizer", classes.folder / "unitok", "--data", tmp_path / "x.tar", "--ten-crop")
+    extract(*words, "--out", tmp_path / "crops")
+    report = check_dataset(str(tmp_path / "crops"), quiet=True)
+    assert not report.broken and any("2 samples with conversations" in line for line in report.lines)
 
 
 def test_images_that_conversation_files_name_are_not_crops(classes, tmp_path):

@@ -397,6 +397,11 @@ def test_a_folder_of_an_earlier_version_is_named(emoji, packages, frozen, tmp_pa
     (tmp_path / "older" / "pairs" / "items.json").unlink()
     with pytest.raises(UserError, match="earlier version, without questions; remove it"):
         write_emoji(tmp_path / "older", packages=[packages], progress=False)
+    shutil.copytree(emoji, tmp_path / "capitals")
+    items = tmp_path / "capitals" / "train" / "items.json"
+    items.write_text(items.read_text().replace("grinning face", "GRINNING FACE"))
+    with pytest.raises(UserError, match="earlier version, with names in capitals; remove it"):
+        write_emoji(tmp_path / "capitals", packages=[packages], progress=False)
 
 
 def test_words_of_the_training_names_are_lists_that_language_codebooks_read(emoji, tmp_path):

@@ -134,7 +134,7 @@ def test_added_place_vectors_are_planned(tmp_path):
 
 
 def test_a_shipped_model_to_start_from_is_read():
-    """Its name is resolved before its files are looked for: 4 M parameters, not the published 7 B."""
+    """Its name is resolved to its folder: 4 M parameters, not the published 7 B."""
     model, assumed = plan.model_on_meta(run.load_run_config(CONFIGS[1], ["init_from=scenes", "steps=1"]))
     assert not any("scenes" in text for text in assumed)
     assert sum(p.numel() for p in model.parameters()) < 1e7
