@@ -22,7 +22,7 @@ class Finding(NamedTuple):
         interval: 95 %, by a paired bootstrap over images; None for columns that are of a split as a whole.
         seeds: the difference with each seed.
         verdict: `SEEN`: above -margin with every seed and as a whole interval; `OPPOSITE`: below it so; or
-            `NOT_SEEN`; `NOT_RUN` with the rows that are missing.
+            `NOT_SEEN`; `NOT_RUN` with what is missing: rows, or a second seed where there is no interval.
         column: how it is shown.
     """
 
@@ -64,7 +64,7 @@ def find(study: Study, difference: str, margin: float, split: str, results: Resu
 def _verdict(seeds: Sequence[float], interval: list[float] | None, margin: float) -> str:
     """Above or below -margin, by the interval and by every seed; without an interval two seeds are needed."""
     if interval is None and len(seeds) < 2:
-        return NOT_SEEN
+        return f"{NOT_RUN}: a second seed"
     bounds = [*seeds, *(interval or [])]
     if min(bounds) > -margin:
         return SEEN
@@ -112,6 +112,6 @@ def claims_table(study: Study) -> str:
     note = (
         'A claim is "seen" where the 95 % interval of a paired bootstrap over images and the difference with '
         'every seed lie above the limit, "opposite" where all lie below, else "not seen at this scale". '
-        "Columns of a split as a whole (entries used, books share) have no interval: both seeds must agree."
+        "Columns of a split as a whole (entries used, codebook overlap) have no interval: two seeds must agree."
     )
     return "\n".join([note, "", *lines]) + "\n" if study.claims else "This study has no claims.\n"

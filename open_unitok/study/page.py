@@ -87,7 +87,7 @@ def _note(table: Table) -> str:
         return (
             "Nearest: whether the nearest original of a reconstruction, by pixels, is the same emoji, also "
             "in its style. FD: Fréchet distance in pooled features of EfficientNet-Lite0, which is not FID. "
-            "Books share: mean squared canonical correlation of the sub-codebooks."
+            "Codebook overlap: mean squared canonical correlation of the sub-codebooks' entries."
         )
     if "classes_none" in keys:
         return (
