@@ -112,6 +112,7 @@ def claims_table(study: Study) -> str:
     note = (
         'A claim is "seen" where the 95 % interval of a paired bootstrap over images and the difference with '
         'every seed lie above the limit, "opposite" where all lie below, else "not seen at this scale". '
-        "Columns of a split as a whole (entries used, codebook overlap) have no interval: two seeds must agree."
+        "Columns of a split as a whole (entries used, codebook overlap) have no interval: "
+        "two seeds must agree."
     )
     return "\n".join([note, "", *lines]) + "\n" if study.claims else "This study has no claims.\n"
