@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "configs", nargs="+", metavar="CONFIG", help="YAML of a study, e.g. configs/study/tokenizers.yaml"
     )
     parser.add_argument("--only", nargs="+", metavar="ROW", help="run these rows only")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run these seeds only")
+    parser.add_argument("--seeds", type=int, metavar="N", help="run the first N seeds only (default: all)")
     parser.add_argument("--part", type=int, metavar="N", help="run one part of the plan, from 1")
     parser.add_argument("--workers", type=int, help="rows at a time (default: one per core)")
     parser.add_argument("--plan", action="store_true", help="print parts and minutes, and run nothing")
@@ -56,21 +56,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _chosen_jobs(args: argparse.Namespace, studies: list[Any]) -> list[Any]:
-    """(study, job) of the rows and seeds that the options name, of all studies."""
+    """(study, job) of the rows and seeds that the options select, of all studies."""
     from open_unitok.study.jobs import study_jobs
 
     rows = {name for study in studies for name in study.rows}
-    seeds = {seed for study in studies for seed in study.seeds}
-    for seed in args.seeds or ():
-        if seed not in seeds:
-            raise UserError(f"--seeds {seed}: the study has seeds {', '.join(map(str, sorted(seeds)))}.")
+    most = max(len(study.seeds) for study in studies)
+    if args.seeds is not None and not 1 <= args.seeds <= most:
+        raise UserError(f"--seeds {args.seeds}: it must be 1 to {most}, the number of `seeds` in the YAML.")
     chosen = []
     for study in studies:
         # a row of another study of the command line is no mistake
         only = args.only and [name for name in args.only if name in study.rows or name not in rows]
-        own = [seed for seed in args.seeds if seed in study.seeds] if args.seeds else None
         if only != []:
-            chosen += [(study, job) for job in study_jobs(study, own, only)]
+            chosen += [(study, job) for job in study_jobs(study, study.seeds[: args.seeds], only)]
     return chosen
 
 

@@ -43,6 +43,11 @@ def test_the_shipped_studies_are_planned_in_parts_of_two_hours(shipped, capsys, 
     named = [name for line in lines if line.startswith("  ") for name in line.split()]
     assert named.count("joint_dual-0") == 1 and int(total.group(1)) == len(named)
     assert sorted(named) == sorted(f"{row}-{seed}" for s in shipped for row in s.rows for seed in s.seeds)
+    main(["study", *SHIPPED, "--plan", "--workers", "2", "--seeds", "1"])
+    first = [
+        word for line in capsys.readouterr().out.splitlines() if line[:2] == "  " for word in line.split()
+    ]
+    assert sorted(first) == sorted(name for name in named if name.endswith("-0"))
 
 
 def test_the_rows_fit_their_budgets(shipped):
@@ -223,7 +228,8 @@ def test_errors_of_the_yaml_are_one_line(tmp_path, changes, words):
     ("arguments", "words"),
     [
         (["--only", "bas"], "--only bas: the study has no such row. Did you mean 'base'?"),
-        (["--seeds", "7"], "--seeds 7: the study has seeds 0, 1"),
+        (["--seeds", "3"], "--seeds 3: it must be 1 to 2, the number of `seeds` in the YAML"),
+        (["--seeds", "0"], "--seeds 0: it must be 1 to 2"),
         (["--part", "9"], "--part 9: the plan has parts 1 to"),
         (["--workers", "0"], "--workers is 0"),
         ([], "`unitok data emoji --out"),
