@@ -5,9 +5,14 @@ weight, with random weights. "plain": both networks are in the graph, so that th
 "once": they run backward once. "convolutions", "all": with engine.gradient_checkpointing and `recompute`,
 the networks in pieces. Seconds are those of the processor, so that other load counts less; memory is the most
 that torch's allocator hands out at a time. They say nothing about a GPU but for the amount of work.
+
+"memory returned", "memory kept": a step of configs/study/base.yaml (24 images of 64 pixels, without these
+networks) where freed memory goes back to the kernel, as by default, and where the process keeps it, as in
+`unitok train` on a CPU; a process each, in turns.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,13 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, load_average, processor_name, result_file, write_results
+from harness import (
+    RESULTS,
+    load_average,
+    peak_memory_gib,
+    processor_name,
+    result_file,
+    run_isolated,
+    write_results,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from open_unitok.core.memory import keep_freed_memory
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.tokenizer.frozen.lpips import LPIPS
+from open_unitok.training.core.config import read_yaml
 from open_unitok.training.tokenizer.diff_augment import View
 from open_unitok.training.tokenizer.discriminator import DinoDiscriminator
 from open_unitok.training.tokenizer.gan import adaptive_weight, sample_views
@@ -30,6 +45,8 @@ from open_unitok.training.tokenizer.losses import generator_loss, reconstruction
 from open_unitok.training.tokenizer.model import recompute_activations
 
 WAYS = ("plain", "once", "convolutions", "all")
+ALLOCATORS = ("memory returned", "memory kept")
+SMALL_STEPS, SMALL_BATCH = 15, 24
 
 
 def main() -> None:
@@ -43,8 +60,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--allocator", choices=ALLOCATORS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.allocator:
+        print(json.dumps(measure_small_step(args.allocator)))
+        return
     width = args.width
     config = UniTokConfig(
         image_size=args.side,
@@ -68,7 +89,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "device": processor_name(),
         "torch": torch.__version__,
-        "case": {key: value for key, value in vars(args).items() if key not in ("out",)},
+        "case": {key: value for key, value in vars(args).items() if key not in ("out", "allocator")},
     }
     for way in WAYS:
         found = statistics.median(seconds[way])
@@ -79,6 +100,7 @@ def main() -> None:
             "memory_ratio": round(memory[way] / memory["plain"], 3),
         }
         print(way, results[way], flush=True)
+    results |= compare_allocators(args.repeats)
     results["load"] = load_average()
     path = result_file("tokenizer-training", processor_name(), args.out)
     write_results(path, results)
@@ -117,6 +139,41 @@ def build_step(config: UniTokConfig, batch: int, way: str) -> Callable[[], None]
         (total + out.losses["vq"] + 0.4 * weight * found[1]).backward()
 
     return step
+
+
+def compare_allocators(repeats: int) -> dict[str, Any]:
+    """Medians over processes that take turns."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ALLOCATORS}
+    for _ in range(repeats):
+        for name in ALLOCATORS:
+            found[name].append(run_isolated(__file__, "--allocator", name))
+    results = {}
+    for name, rows in found.items():
+        seconds, memory = (statistics.median(row[key] for row in rows) for key in ("seconds", "gib"))
+        results[name] = {"seconds": round(seconds, 3), "gib": round(memory, 3)}
+        plain = results[ALLOCATORS[0]]
+        results[name]["time_ratio"] = round(seconds / plain["seconds"], 3)
+        results[name]["memory_ratio"] = round(memory / plain["gib"], 3)
+        print(name, results[name], flush=True)
+    return results
+
+
+def measure_small_step(allocator: str) -> dict[str, float]:
+    """Seconds of the processor for a step, the median, and the peak memory of this process in GiB."""
+    if allocator == "memory kept" and not keep_freed_memory():
+        raise SystemExit("this C library has no mallopt")
+    torch.manual_seed(0)
+    config = read_yaml(Path(__file__).parents[1] / "configs/study/base.yaml")["model"]
+    model = UniTok(UniTokConfig(**config)).train()
+    pixels = torch.rand(SMALL_BATCH, 3, *model.config.image_shape) * 2 - 1
+    seconds = []
+    for _ in range(SMALL_STEPS):
+        start = time.process_time()
+        out = model(pixels)
+        losses = reconstruction_losses(out.reconstruction, pixels)
+        (losses["l1"] + losses["l2"] + out.losses["vq"]).backward()
+        seconds.append(time.process_time() - start)
+    return {"seconds": statistics.median(seconds), "gib": peak_memory_gib() or 0.0}
 
 
 def allocated_bytes(step: Callable[[], None]) -> int:

@@ -1,5 +1,6 @@
 """Free memory of this process: of the machine, of its container, and within its resource limits."""
 
+import ctypes
 import pathlib
 import re
 import sys
@@ -15,6 +16,22 @@ _CGROUPS = (
         "total_inactive_file",
     ),
 )
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory for the next allocation, and say whether it does.
+
+    By default it maps large blocks anew and returns them when freed, so that each operator of a training step
+    on a CPU faults in its outputs page by page, zeroed by the kernel. A process that keeps them holds a few per
+    cent more, and its values are the same bits. benchmarks/tokenizer_training.py measures both.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # Windows, macOS, musl
+        return False
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)])
 
 
 def available_memory() -> float | None:

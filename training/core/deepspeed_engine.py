@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from open_unitok.core import distributed
 from open_unitok.core.devices import bf16_in_hardware
 from open_unitok.core.errors import UserError
+from open_unitok.core.memory import keep_freed_memory
 
 from . import replicas
 from .muon import Muon, muon_groups
@@ -79,6 +80,8 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         # gloo for CPU tensors: ranks reduce small values (the stop flag) without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
