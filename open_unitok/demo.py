@@ -21,7 +21,7 @@ from typing import Any
 from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder, write_atomic, write_json
-from open_unitok.core.processes import FolderLock, available_cores, die_with_parent
+from open_unitok.core.processes import CHILD_SETUP, FolderLock, available_cores
 from open_unitok.core.text_files import read_json
 from open_unitok.training.core.config import read_yaml
 
@@ -96,8 +96,6 @@ def run_phase_command(command: list[str], processes: int | None) -> None:
         port = free.getsockname()[1]
     launch = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     workers: list[subprocess.Popen[bytes]] = []
-    # also by kill -9: the next call needs the run directory
-    end = die_with_parent if sys.platform == "linux" else None
     try:
         for rank in range(count):
             own = {**launch, "RANK": rank, "LOCAL_RANK": rank}
@@ -106,7 +104,8 @@ def run_phase_command(command: list[str], processes: int | None) -> None:
                 subprocess.Popen(
                     [sys.executable, "-m", "open_unitok", *command],
                     env=environment,
-                    preexec_fn=end,
+                    # the next call needs the run directory
+                    preexec_fn=CHILD_SETUP,
                 )
             )
         # one that fails leaves the others waiting for it

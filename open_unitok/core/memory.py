@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the next allocation, and say whether it does.
 
     By default it maps large blocks anew and returns them when freed, so that each operator of a training step
-    on a CPU faults in its outputs page by page, zeroed by the kernel. A process that keeps them holds a few per
-    cent more, and its values are the same bits. benchmarks/tokenizer_training.py measures both.
+    on a CPU faults in its outputs page by page, zeroed by the kernel. A process that keeps them holds a few
+    per cent more, and its values are the same bits. benchmarks/tokenizer_training.py measures both.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -80,6 +80,10 @@ def die_with_parent(*_: Any) -> None:
         os._exit(1)
 
 
+# `preexec_fn` of a subprocess that must not outlive this process, where the kernel offers it
+CHILD_SETUP = die_with_parent if sys.platform == "linux" else None
+
+
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)

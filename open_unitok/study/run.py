@@ -15,7 +15,7 @@ import torch
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import make_folder
-from open_unitok.core.processes import FolderLock
+from open_unitok.core.processes import CHILD_SETUP, FolderLock
 
 from .config import Study
 from .jobs import RowRun, describe_job, is_finished
@@ -77,7 +77,12 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             done = subprocess.run(
-                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, "-m", *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # a killed study leaves no training behind, which would lock the row
+                preexec_fn=CHILD_SETUP,
             )
             if done.returncode:
                 return f"{job.name}: `{' '.join(command[:3])}` failed with {done.returncode}, see {log}"

@@ -1,10 +1,15 @@
 """`unitok study`: its YAML, jobs, plan and requirements; nothing is trained here."""
 
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
+import time
 import types
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
@@ -301,6 +306,39 @@ def test_a_chain_killed_at_each_link_goes_on(tmp_path, monkeypatch, capsys):
     assert run_jobs(tasks, 1) == [] and len(started) == before
     (tmp_path / "results" / "k8" / "0.json").unlink()
     assert run_jobs(tasks, 1) == [] and len(started) == before + len(jobs[0].commands) + 1
+
+
+ORPHAN = """
+import sys, types
+from open_unitok.study import run
+sys.executable, out = sys.argv[1:]
+run.measure_command = lambda *_: []
+job = types.SimpleNamespace(name="row-0", minutes=1, commands=[["train", "x"]])
+run._run_job(types.SimpleNamespace(out=out), job, None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the children")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_study_leaves_no_training_behind(tmp_path, number):
+    """A training that goes on would lock its row, and the same command could not resume it."""
+    started, train = tmp_path / "pid", tmp_path / "train"
+    train.write_text(f"#!/bin/sh\necho $$ > {started}.part; mv {started}.part {started}; exec sleep 60\n")
+    train.chmod(0o755)
+    study = subprocess.Popen([sys.executable, "-c", ORPHAN, str(train), str(tmp_path)])
+    wait_for(started.exists)
+    os.kill(study.pid, number)
+    assert study.wait(20) == -number
+    status = Path("/proc", started.read_text().strip(), "stat")
+    # gone, or a zombie that nobody has read yet
+    wait_for(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 # ---- what this machine lacks -------------------------------------------------------------------------------
