@@ -188,7 +188,9 @@ def captions_of(image: EmojiImage) -> list[str]:
 def _members(image: EmojiImage, png: bytes, names: Sequence[str]) -> dict[str, bytes]:
     """The files of a sample: image, captions, and captions with labels and conversations."""
     captions, emoji = captions_of(image), image.emoji
-    record = {"captions": captions, "name": emoji.name, "style": STYLES[image.style].title}
+    # an MLLM samples the short one for `data.short_captions` of the samples, so that most name the style
+    record = {"captions": captions, "long_caption": captions[1], "short_caption": captions[0]}
+    record |= {"name": emoji.name, "style": STYLES[image.style].title}
     record |= {"category": emoji.category, "subcategory": emoji.subcategory, "code_points": emoji.code}
     record["conversations"] = sample_conversations(image, names)
     return {

@@ -259,6 +259,7 @@ def test_every_image_is_in_one_split_with_captions_and_labels(emoji, small_split
                 name = name.lower()
                 wanted = [name, f"{name}, {STYLES[style].title} style"]
                 assert record["captions"] == wanted and record["category"] == category
+                assert [record["short_caption"], record["long_caption"]] == wanted
                 assert tar.extractfile(f"{key}.txt").read().decode().splitlines() == wanted
                 assert record["style"] == STYLES[style].title and record["code_points"] == code
                 seen[key] += 1
