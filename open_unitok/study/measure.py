@@ -68,22 +68,34 @@ REASONS = {
     "overlap": "n/a: it has one codebook, or no table of entries",
     "frechet": f"not run: the network is not installed ({INSTALL_LITE0})",
 }
+# columns of decoded images, of rows that no loss teaches pixels
+DECODED = dict.fromkeys(
+    ("psnr", "ssim", "emoji", "in_style", "frechet", "agreement"), "n/a: its pixel decoder is not trained"
+)
 
 
 def measure_row(run_dir: Path, splits: Sequence[str]) -> dict[str, Any]:
     """Columns of a trained row: {"columns": ..., "splits": {split: columns}, "images": {split: ...}, ...}."""
     model = UniTok.from_pretrained(run_dir / "model").eval()
     found: dict[str, Any] = {"columns": model_columns(model, run_dir), "splits": {}, "images": {}}
+    without = {} if learns_pixels(run_dir) else DECODED
     for split in splits:
         folder = run_dir / "eval" / split
-        columns = quality_columns(folder)
+        columns, images = quality_columns(folder), per_image(folder)
         columns |= {"overlap": codebook_overlap(model, folder / "reconstruction"), "frechet": None}
-        if has_lite0():
+        if has_lite0() and not without:
             columns["frechet"] = _frechet(folder / "reconstruction")
-        found["splits"][split], found["images"][split] = columns, per_image(folder)
-    known = found["columns"] | found["splits"][splits[0]]
-    found["reasons"] = {column: reason for column, reason in REASONS.items() if known.get(column) is None}
+        found["splits"][split] = columns | dict.fromkeys(without)
+        found["images"][split] = {key: scores for key, scores in images.items() if key not in without}
+    known, reasons = found["columns"] | found["splits"][splits[0]], REASONS | without
+    found["reasons"] = {column: reason for column, reason in reasons.items() if known.get(column) is None}
     return found | {"curve": loss_curve(run_dir)}
+
+
+def learns_pixels(run_dir: Path) -> bool:
+    """Whether a run has a loss on pixels."""
+    losses = read_yaml(run_dir / "config.yaml")["losses"]
+    return any(losses[name] > 0 for name in ("l1", "l2", "lpips"))
 
 
 # ---- sizes and times ---------------------------------------------------------------------------------------
@@ -239,7 +251,8 @@ def main() -> None:
     result = {**job["known"], **measure_row(run_dir, job["splits"])}
     folder = run_dir / "eval" / job["splits"][0] / "reconstruction"
     rows = _by_index(folder)[:SHOWN_IMAGES]
-    save_strip([folder / row["reconstruction"] for row in rows], path.with_suffix(".webp"))
+    if learns_pixels(run_dir):
+        save_strip([folder / row["reconstruction"] for row in rows], path.with_suffix(".webp"))
     originals = path.parent.parent / "originals.webp"
     if not originals.exists():
         save_strip([Path(row["image"]) for row in rows], originals)
