@@ -70,6 +70,12 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
         UserError: deepspeed is not installed.
     """
     cuda = torch.cuda.is_available()
+    if not cuda:
+        keep_freed_memory()
+        # Moments of rarely used embeddings and probabilities of unlikely codes fall below 1e-38, where a
+        # product takes a hundred times as long, and a step half as long again after some hundred steps. Threads
+        # of operators inherit it, so it comes before the first operator.
+        torch.set_flush_denormal(True)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     if not (cuda or options.compile):  # importing torch's compiler takes seconds
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -80,11 +86,6 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        # Moments of rarely used embeddings and probabilities of unlikely codes decay below 1e-38, where each
-        # operation takes a hundred times as long: half as much again for a whole step after some hundred steps.
-        torch.set_flush_denormal(True)
     if not dist.is_initialized():
         # gloo for CPU tensors: ranks reduce small values (the stop flag) without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
