@@ -73,8 +73,8 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     if not cuda:
         keep_freed_memory()
         # Moments of rarely used embeddings and probabilities of unlikely codes fall below 1e-38, where a
-        # product takes a hundred times as long, and a step half as long again after some hundred steps. Threads
-        # of operators inherit it, so it comes before the first operator.
+        # product takes a hundred times as long, and a step half as long again after some hundred steps.
+        # Threads of operators inherit it, so it comes before the first operator.
         torch.set_flush_denormal(True)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     if not (cuda or options.compile):  # importing torch's compiler takes seconds
