@@ -111,7 +111,7 @@ def model_columns(model: UniTok, run_dir: Path) -> dict[str, Any]:
     images = torch.rand(TIMED_BATCH, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     columns: dict[str, Any] = {
         "tokens": tokens,
-        "bits": None if per_token is None else tokens * per_token,
+        "bits": tokens * per_token or None,  # a continuous tokenizer says 0
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "step_seconds": statistics.median(batch / row["samples_per_second"] for row in rows),
     }

@@ -61,6 +61,7 @@ def test_every_tokenizer_trains_and_is_measured(study, monkeypatch, few_repeats)
         assert {len(scores) for scores in result["images"]["pairs"].values()} == {3}, name
         continuous = name in ("continuous", "gaussian")
         assert continuous or (columns["bits"] > 0 and 0 < quality["usage"] <= 1), name
+        assert (columns["bits"] is None) == (name == "continuous"), name
         captioned = name not in CAPTIONLESS
         assert ("retrieval" in quality) == ("zeroshot_category" in quality) == captioned, name
         # every empty cell says why
