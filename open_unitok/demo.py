@@ -21,7 +21,7 @@ from typing import Any
 from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder, write_atomic, write_json
-from open_unitok.core.processes import CHILD_SETUP, FolderLock, available_cores
+from open_unitok.core.processes import END_WITH_PARENT, FolderLock, available_cores
 from open_unitok.core.text_files import read_json
 from open_unitok.training.core.config import read_yaml
 
@@ -105,7 +105,7 @@ def run_phase_command(command: list[str], processes: int | None) -> None:
                     [sys.executable, "-m", "open_unitok", *command],
                     env=environment,
                     # the next call needs the run directory
-                    preexec_fn=CHILD_SETUP,
+                    preexec_fn=END_WITH_PARENT,
                 )
             )
         # one that fails leaves the others waiting for it

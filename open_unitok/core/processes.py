@@ -80,8 +80,8 @@ def die_with_parent(*_: Any) -> None:
         os._exit(1)
 
 
-# `preexec_fn` of a subprocess that must not outlive this process, where the kernel offers it
-CHILD_SETUP = die_with_parent if sys.platform == "linux" else None
+# `preexec_fn` of a subprocess that must not outlive this process (on Linux: the thread that starts it)
+END_WITH_PARENT = die_with_parent if sys.platform == "linux" else None
 
 
 def _watch(parent: int) -> None:

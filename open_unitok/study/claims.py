@@ -12,6 +12,7 @@ from .config import Claim, Study, parse_difference
 from .table import NOT_RUN, Results, read_results, scores_of, value_of
 
 SEEN, NOT_SEEN, OPPOSITE = "seen", "not seen at this scale", "opposite"
+UNDECIDED = "needs a second seed"
 
 
 class Finding(NamedTuple):
@@ -22,7 +23,7 @@ class Finding(NamedTuple):
         interval: 95 %, by a paired bootstrap over images; None for columns that are of a split as a whole.
         seeds: the difference with each seed.
         verdict: `SEEN`: above -margin with every seed and as a whole interval; `OPPOSITE`: below it so; or
-            `NOT_SEEN`; `NOT_RUN` with what is missing: rows, or a second seed where there is no interval.
+            `NOT_SEEN`; `UNDECIDED`: one seed without an interval; `NOT_RUN` with the rows that are missing.
         column: how it is shown.
     """
 
@@ -64,7 +65,7 @@ def find(study: Study, difference: str, margin: float, split: str, results: Resu
 def _verdict(seeds: Sequence[float], interval: list[float] | None, margin: float) -> str:
     """Above or below -margin, by the interval and by every seed; without an interval two seeds are needed."""
     if interval is None and len(seeds) < 2:
-        return f"{NOT_RUN}: a second seed"
+        return UNDECIDED
     bounds = [*seeds, *(interval or [])]
     if min(bounds) > -margin:
         return SEEN
@@ -75,6 +76,13 @@ def format_finding(finding: Finding) -> str:
     """ "+0.31 [+0.22, +0.40], seeds +0.30 +0.32: seen"."""
     if finding.value is None:
         return finding.verdict
+    return f"{format_numbers(finding)}: **{finding.verdict}**"
+
+
+def format_numbers(finding: Finding) -> str:
+    """The difference with its interval and seeds, without the verdict."""
+    if finding.value is None:
+        return ""
     scale, places = finding.column.scale, finding.column.places
 
     def signed(value: float) -> str:
@@ -83,7 +91,12 @@ def format_finding(finding: Finding) -> str:
     interval = finding.interval
     bounds = f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "(no interval)"
     seeds = f", seeds {' '.join(map(signed, finding.seeds))}" if len(finding.seeds) > 1 else ", one seed"
-    return f"{signed(finding.value)} {bounds}{seeds}: **{finding.verdict}**"
+    return f"{signed(finding.value)} {bounds}{seeds}"
+
+
+def format_limit(claim: Claim, column: Column) -> str:
+    """ "> 0", or "> -0.1" with a margin, in the unit of the column."""
+    return f"> -{claim.margin * column.scale:g}" if claim.margin else "> 0"
 
 
 def study_findings(study: Study) -> list[tuple[Claim, str, list[Finding]]]:
@@ -106,13 +119,13 @@ def claims_table(study: Study) -> str:
         text = f"{claim.source}: {claim.text}" if claim is not shown else ""
         shown = claim
         unit = findings[0].column
-        tolerance = f" > -{claim.margin * unit.scale:g}" if claim.margin else " > 0"
+        limit = format_limit(claim, unit)
         cells = " | ".join(map(format_finding, findings))
-        lines.append(f"| {text} | `{difference}`{tolerance} ({unit.title}) | {cells} |")
+        lines.append(f"| {text} | `{difference}` {limit} ({unit.title}) | {cells} |")
     note = (
         'A claim is "seen" where the 95 % interval of a paired bootstrap over images and the difference with '
         'every seed lie above the limit, "opposite" where all lie below, else "not seen at this scale". '
         "Columns of a split as a whole (entries used, codebook overlap) have no interval: "
-        "two seeds must agree."
+        "two seeds must agree, and one decides nothing."
     )
     return "\n".join([note, "", *lines]) + "\n" if study.claims else "This study has no claims.\n"

@@ -27,7 +27,7 @@ class Table(NamedTuple):
 MODEL_COLUMNS = (
     Column("tokens", "tokens", 0, better=""),
     Column("bits", "bits", 0, better=""),
-    Column("parameters", "parameters, M", 2, better=""),
+    Column("parameters", "parameters without text tower, M", 2, better=""),
     Column("step_seconds", "s per step", 2, better="less"),
     Column("encode_ms", "encode, ms", 1, better="less"),
     Column("decode_ms", "decode, ms", 1, better="less"),

@@ -111,8 +111,8 @@ def model_columns(model: UniTok, run_dir: Path) -> dict[str, Any]:
     images = torch.rand(TIMED_BATCH, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     columns: dict[str, Any] = {
         "tokens": tokens,
-        "bits": tokens * per_token or None,  # a continuous tokenizer says 0
-        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "bits": tokens * per_token if per_token else None,  # a continuous tokenizer says 0
+        "parameters": count_parameters(model) / 1e6,
         "step_seconds": statistics.median(batch / row["samples_per_second"] for row in rows),
     }
     with torch.inference_mode():
@@ -121,6 +121,11 @@ def model_columns(model: UniTok, run_dir: Path) -> dict[str, Any]:
         columns["encode_ms"] = _milliseconds(lambda: model.quantizer.quantise(model.encode_latents(images)))
         columns["decode_ms"] = _milliseconds(lambda: model.decode_latents(latents, grid))
     return columns
+
+
+def count_parameters(model: UniTok) -> int:
+    """Parameters without the text tower, which rows without captions have and do not train."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("text_encoder."))
 
 
 def _milliseconds(work: Any) -> float:

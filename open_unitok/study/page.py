@@ -7,7 +7,7 @@ from typing import Any
 
 from open_unitok.eval.report import charts, page
 
-from .claims import OPPOSITE, SEEN, format_finding, study_findings
+from .claims import OPPOSITE, SEEN, format_limit, format_numbers, study_findings
 from .columns import Column, Table, known_columns, study_tables
 from .config import Study
 from .page_style import SCRIPT, STUDY_STYLE
@@ -213,12 +213,12 @@ def _claims(study: Study) -> str:
         shown = claim
         cells = []
         for finding in findings:
-            numbers, _, verdict = format_finding(finding).rpartition(": ")
-            kind = kinds.get(finding.verdict, "open")
+            kind, verdict = kinds.get(finding.verdict, "open"), finding.verdict
+            numbers = format_numbers(finding)
             if finding.value is None:
                 numbers, verdict = page.escape(finding.verdict), NOT_RUN
-            cells.append(f'<i class="chip {kind}">{verdict.strip("*")}</i><br><small>{numbers}</small>')
-        limit = f" &gt; -{claim.margin:g}" if claim.margin else " &gt; 0"
+            cells.append(f'<i class="chip {kind}">{verdict}</i><br><small>{numbers}</small>')
+        limit = " " + page.escape(format_limit(claim, findings[0].column))
         rows.append(
             [f'<div class="wide">{text}</div>', f"<code>{page.escape(difference)}{limit}</code>", *cells]
         )

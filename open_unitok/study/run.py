@@ -15,7 +15,7 @@ import torch
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import make_folder
-from open_unitok.core.processes import CHILD_SETUP, FolderLock
+from open_unitok.core.processes import END_WITH_PARENT, FolderLock
 
 from .config import Study
 from .jobs import RowRun, describe_job, is_finished
@@ -82,7 +82,7 @@ def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 # a killed study leaves no training behind, which would lock the row
-                preexec_fn=CHILD_SETUP,
+                preexec_fn=END_WITH_PARENT,
             )
             if done.returncode:
                 return f"{job.name}: `{' '.join(command[:3])}` failed with {done.returncode}, see {log}"

@@ -137,8 +137,9 @@ def markdown_table(study: Study) -> str:
             lines.append(f"| `{name}`: {study.rows[name].title} | {shown} |")
         parts.append("\n".join(lines) + "\n")
     finished = sum(map(len, results.values()))
+    seeds = sorted({result["seed"] for found in results.values() for result in found})
     note = (
-        f"{finished} of {len(study.rows) * len(study.seeds)} runs, seeds {', '.join(map(str, study.seeds))}"
+        f"{finished} of {len(study.rows) * len(study.seeds)} runs, seeds {', '.join(map(str, seeds))}"
         f"{'; measured on ' + '; '.join(processors(results)) if finished else ''}. "
         "Mean over seeds ± half of their range. "
         f"Bold: differs from `{study.baseline}` (paired bootstrap over images, 95 %)."

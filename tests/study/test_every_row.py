@@ -55,9 +55,11 @@ def test_every_tokenizer_trains_and_is_measured(study, monkeypatch, few_repeats)
         columns, quality = result["columns"], result["splits"]["pairs"]
         assert columns["tokens"] > 0 and columns["parameters"] > 0 and columns["step_seconds"] > 0, name
         assert columns["encode_ms"] > 0 and columns["decode_ms"] > 0, name
-        blind = name in ("no_reconstruction", "vqkd")  # their decoder learns nothing, so no number of it
-        assert blind == (quality["psnr"] is None) == (quality["frechet"] is None), name
-        assert blind or (quality["psnr"] > 0 and 0 <= quality["emoji"] <= 1 and quality["frechet"] > 0), name
+        no_pixels = name in ("no_reconstruction", "vqkd")  # their decoder learns nothing, so no number of it
+        assert no_pixels == (quality["psnr"] is None) == (quality["frechet"] is None), name
+        assert no_pixels or (quality["psnr"] > 0 and 0 <= quality["emoji"] <= 1 and quality["frechet"] > 0), (
+            name
+        )
         assert {len(scores) for scores in result["images"]["pairs"].values()} == {3}, name
         continuous = name in ("continuous", "gaussian")
         assert continuous or (columns["bits"] > 0 and 0 < quality["usage"] <= 1), name
@@ -69,7 +71,7 @@ def test_every_tokenizer_trains_and_is_measured(study, monkeypatch, few_repeats)
         assert empty <= result["reasons"].keys() and ("retrieval" in result["reasons"]) == (not captioned), (
             name
         )
-        assert len(result["curve"]) == 2 and study_results(study, name, ".webp").exists() != blind, name
+        assert len(result["curve"]) == 2 and study_results(study, name, ".webp").exists() != no_pixels, name
     base = results["base"]
     assert base["columns"]["tokens"] == 16 and base["columns"]["bits"] == 768
     for table in study_tables(study):

@@ -118,7 +118,8 @@ def test_one_seed_or_seeds_that_disagree_decide_nothing(tmp_path):
         write_result(study, row, 0, {"psnr": images + shift}, usage=usage)
     usage, psnr = (found[0] for _, _, found in study_findings(study))
     # one seed without an interval decides nothing
-    assert usage.verdict == "not run: a second seed" and usage.value == pytest.approx(0.4)
+    assert usage.verdict == "needs a second seed" and usage.value == pytest.approx(0.4)
+    assert '<i class="chip open">needs a second seed</i><br><small>+40 (no' in study_page([study])
     assert psnr.verdict == OPPOSITE
     write_result(study, "base", 1, {"psnr": images + 0.1}, usage=0.4)
     write_result(study, "ibq", 1, {"psnr": images}, usage=0.5)

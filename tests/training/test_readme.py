@@ -52,7 +52,7 @@ def workdir(tmp_path, monkeypatch):
     (tmp_path / "my_images" / "a.txt").write_text("a cat\na red cat\n")
     (tmp_path / "pairs.csv").write_text("file_name,text\na.jpg,a cat\n")
     talks = [json.loads(text) for text in blocks("json")]
-    (tmp_path / "llava" / "talks.json").write_text(json.dumps(talks))
+    (tmp_path / "llava" / "conversations.json").write_text(json.dumps(talks))
     obelics = {"texts": ["A cat.", None], "images": [None, "a.jpg"]}
     mmc4 = {"text_list": ["A cat."], "image_info": [{"image_name": "a.jpg", "matched_text_index": 0}]}
     (tmp_path / "docs" / "obelics.jsonl").write_text(json.dumps(obelics) + "\n")

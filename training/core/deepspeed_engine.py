@@ -61,7 +61,8 @@ REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def init_distributed(options: EngineOptions, seed: int) -> torch.device:
-    """Set up process group, threads and seed; without a launcher this is rank 0 of 1.
+    """Set up process group, threads, seed and the CPU's arithmetic (denormal numbers become zero in this
+    process); without a launcher this is rank 0 of 1.
 
     Returns:
         This rank's device.
@@ -70,12 +71,12 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
         UserError: deepspeed is not installed.
     """
     cuda = torch.cuda.is_available()
+    # On a CPU, moments of rarely used embeddings and probabilities of unlikely codes fall below 1e-38, where
+    # a product takes a hundred times as long, and a step half as long again after some hundred steps. The
+    # threads of operators inherit it, so it comes before the first operator.
+    torch.set_flush_denormal(True)
     if not cuda:
         keep_freed_memory()
-        # Moments of rarely used embeddings and probabilities of unlikely codes fall below 1e-38, where a
-        # product takes a hundred times as long, and a step half as long again after some hundred steps.
-        # Threads of operators inherit it, so it comes before the first operator.
-        torch.set_flush_denormal(True)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     if not (cuda or options.compile):  # importing torch's compiler takes seconds
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -1,6 +1,9 @@
 """DeepSpeed on one CPU process: no output, and equal to plain torch at ZeRO 0 to 2."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -197,3 +200,25 @@ def test_random_numbers_are_keyed():
     torch.rand(9)
     seeding.seed_forward_pass(0, 5)
     assert torch.equal(torch.rand(2), one)
+
+
+DENORMALS = """
+import torch
+from open_unitok.training.core import deepspeed_engine
+from open_unitok.training.core.options import EngineOptions
+
+device = deepspeed_engine.init_distributed(EngineOptions(threads=2), 0)
+assert torch.get_num_threads() == 2
+moments = torch.full((8_000_000,), 1e-30, device=device, requires_grad=True)
+decayed = moments * 1e-10
+decayed.backward(torch.full((8_000_000,), 1e-30))
+print(int(decayed.count_nonzero()), int(moments.grad.count_nonzero()))
+"""
+
+
+def test_denormals_are_flushed_in_every_thread():
+    """They cost a step on a CPU half of its time."""
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", DENORMALS], capture_output=True, text=True, env=hidden)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0"]
