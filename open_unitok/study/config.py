@@ -34,7 +34,7 @@ class Row:
     parts: list[Literal["classes", "probe", "joint"]] = field(default_factory=lambda: list(DOWNSTREAM_PARTS))
     classes: str | None = None
     joint: str | None = None
-    minutes: float = 10.0
+    minutes: float = 8.0
 
 
 @dataclass(frozen=True)
