@@ -151,9 +151,9 @@ def compare_allocators(repeats: int) -> dict[str, Any]:
     for name, rows in found.items():
         seconds, memory = (statistics.median(row[key] for row in rows) for key in ("seconds", "gib"))
         results[name] = {"seconds": round(seconds, 3), "gib": round(memory, 3)}
-        plain = results[ALLOCATORS[0]]
-        results[name]["time_ratio"] = round(seconds / plain["seconds"], 3)
-        results[name]["memory_ratio"] = round(memory / plain["gib"], 3)
+        plain = found[ALLOCATORS[0]]
+        results[name]["time_ratio"] = round(seconds / statistics.median(row["seconds"] for row in plain), 3)
+        results[name]["memory_ratio"] = round(memory / statistics.median(row["gib"] for row in plain), 3)
         print(name, results[name], flush=True)
     return results
 
