@@ -321,7 +321,7 @@ run._run_job(types.SimpleNamespace(out=out), job, None)
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the children")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_study_leaves_no_training_behind(tmp_path, number):
-    """A training that goes on would lock its row, and the same command could not resume it."""
+    """A training that continues would lock its row, and the same command could not resume it."""
     started, train = tmp_path / "pid", tmp_path / "train"
     train.write_text(f"#!/bin/sh\necho $$ > {started}.part; mv {started}.part {started}; exec sleep 60\n")
     train.chmod(0o755)

@@ -71,9 +71,9 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
         UserError: deepspeed is not installed.
     """
     cuda = torch.cuda.is_available()
-    # On a CPU, moments of rarely used embeddings and probabilities of unlikely codes fall below 1e-38, where
-    # a product takes a hundred times as long, and a step half as long again after some hundred steps. The
-    # threads of operators inherit it, so it comes before the first operator.
+    # After some hundred steps gradients of a pixel decoder fall below 1e-38, which makes a step on a CPU take
+    # half as long again (docs/performance.md). The threads of operators inherit this setting, so it comes
+    # before the first operator.
     torch.set_flush_denormal(True)
     if not cuda:
         keep_freed_memory()
