@@ -30,6 +30,7 @@ _HISTORY_LENGTH = 48  # images
 _SETTINGS = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
 _Images = list[tuple[Image.Image, dict[str, Any]]]  # images and the settings they were generated with
 _Pairs = list[tuple[str, str]]  # questions and answers
+_NO_ANSWER = "(empty answer)"
 _EXAMPLE_QUESTIONS = ("What is in the image?", "How many objects are there?", "Describe the image.")
 _RECONSTRUCT_HINT = hint_view(
     "The reconstruction of the image from its codes,<br>and the codes, appear here."
@@ -293,31 +294,35 @@ def _ask_tab(handler: AnswerHandler) -> None:
                 send = gr.Button("Ask", variant="primary", min_width=90)
                 stop = gr.Button("Stop", min_width=90)
                 new = gr.Button("New conversation", min_width=160)
-    history = gr.State([])
 
-    def run(path: Any, text: Any, earlier: Any, *options: Any) -> Iterator[Any]:
+    def run(path: Any, text: Any, messages: Any, *options: Any) -> Iterator[Any]:
         with errors_as_toasts():
-            for pairs in handler(path, text, earlier, *options):
-                yield _messages(pairs), "", pairs
+            for pairs in handler(path, text, _pairs(messages), *options):
+                yield _messages(pairs), ""
 
-    def clear() -> tuple[list[Any], list[Any]]:
-        return [], []
-
-    inputs = [image, question, history, length, temperature]
-    outputs = [chatbot, question, history]
+    inputs = [image, question, chatbot, length, temperature]
+    outputs = [chatbot, question]
     events: Any = [trigger(run, inputs, outputs, **_MODEL_EVENT) for trigger in (send.click, question.submit)]
     for chip in chips:
-        events.append(chip.click(run, [image, chip, history, length, temperature], outputs, **_MODEL_EVENT))
+        events.append(chip.click(run, [image, chip, chatbot, length, temperature], outputs, **_MODEL_EVENT))
     stop.click(None, cancels=events, api_visibility="private")
-    new.click(clear, None, [chatbot, history], cancels=events, **_PRIVATE)
-    # a new image starts a new conversation: earlier answers are about the old one
-    image.change(clear, None, [chatbot, history], cancels=events, **_PRIVATE)
+    # a new image starts a new conversation: earlier answers are about the old one. Cleared in the browser: an
+    # event of the server could end after the next question has begun, and clear that
+    for trigger in (new.click, image.change):
+        trigger(None, None, chatbot, js="() => [[]]", cancels=events, **_PRIVATE)
+
+
+def _pairs(messages: list[dict[str, Any]]) -> _Pairs:
+    """The inverse of `_messages`, of what gr.Chatbot returns."""
+    texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+    answers = ("" if text == _NO_ANSWER else text for text in texts[1::2])
+    return list(zip(texts[::2], answers))
 
 
 def _messages(pairs: _Pairs) -> list[dict[str, str]]:
     """Questions and answers in the format of gr.Chatbot."""
     return [
-        {"role": role, "content": text or "(empty answer)"}
+        {"role": role, "content": text or _NO_ANSWER}
         for pair in pairs
         for role, text in zip(("user", "assistant"), pair)
     ]

@@ -4,7 +4,6 @@ import base64
 import http.client
 import io
 import json
-import re
 import shutil
 import socket
 import threading
@@ -140,11 +139,16 @@ def test_a_corrupt_upload_is_reported_and_the_page_still_works(page, photos, tmp
 
 
 @needs_browser
-def test_ask_and_new_conversation(page, pipe, photos):
+def test_ask_and_new_conversation(page, pipe, photos, monkeypatch):
+    stream, histories = pipe.chat_stream, []
+
+    def recorded(question, images, history, **options):
+        histories.append(history)
+        return stream(question, images, history, **options)
+
+    monkeypatch.setattr(pipe, "chat_stream", recorded)
     page.get_by_role("tab", name="Ask").click()
-    # a new image clears the conversation and cancels running answers: wait for that event
-    with page.expect_response(re.compile(r"/queue/join|/run/")):
-        page.locator("#question-image input[type=file]").set_input_files(photos[0])
+    page.locator("#question-image input[type=file]").set_input_files(photos[0])
     page.locator("#question-image img").wait_for()
     page.get_by_role("button", name="More settings").last.click()
     page.get_by_label("number input for Max new tokens").fill("4")
@@ -153,8 +157,23 @@ def test_ask_and_new_conversation(page, pipe, photos):
     expected = pipe.answer([photos[0]], ["What is it?"], max_new_tokens=4)[0] or "(empty answer)"
     shows = "text => document.querySelector('#conversation').innerText.includes(text)"
     page.wait_for_function(shows, arg=expected)
+    page.locator("#question textarea").fill("Where is it?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(
+        "() => document.querySelector('#conversation').innerText.split('\\n').filter(Boolean).length == 4"
+    )
     page.get_by_role("button", name="New conversation").click()
     page.wait_for_function("() => !document.querySelector('#conversation').innerText.includes('What is it?')")
+    page.locator("#question textarea").fill("Which?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(shows, arg="Which?")
+    page.locator("#question-image input[type=file]").set_input_files(photos[1])
+    page.wait_for_function("() => !document.querySelector('#conversation').innerText.includes('Which?')")
+    page.locator("#question textarea").fill("Who?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.wait_for_function(shows, arg="Who?")
+    answer = "" if expected == "(empty answer)" else expected
+    assert histories == [[], [("What is it?", answer)], [], []]
 
 
 @needs_browser
