@@ -65,14 +65,13 @@ def tested_devices() -> list[Check]:
 
 def speed() -> list[Check]:
     """bf16, flash-attn, DeepSpeed with its compiled operators, OpenMP's wait policy."""
-    from open_unitok.core.devices import bf16_in_hardware  # loads torch
+    from open_unitok.core.devices import fast_bf16  # loads torch
 
     checks = []
-    bf16 = bf16_in_hardware()
     checks.append(
-        Check("bf16", "in hardware", "")
-        if bf16
-        else Check("bf16", "emulated", "engine.dtype auto selects fp32, so the MLLM trains slower")
+        Check("bf16", "faster than fp32")
+        if fast_bf16()
+        else Check("bf16", "slower than fp32", "engine.dtype auto selects fp32")
     )
     checks.append(
         Check("flash-attn", "installed")

@@ -30,7 +30,7 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
         patch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3e8))
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.backends.mps, "is_available", lambda: False)
-        patch.setattr(devices, "bf16_in_hardware", lambda: False)
+        patch.setattr(devices, "fast_bf16", lambda: False)
         patch.setattr(doctor, "importable", lambda name: False)
         patch.setattr(
             doctor.importlib.util, "find_spec", lambda n, *a: None if n == "deepspeed" else find_spec(n, *a)

@@ -1,4 +1,4 @@
-"""Every entry point and every thread that runs a model makes the model's GPU the current one."""
+"""Entry points and threads that run a model make its GPU the current one; bf16 where it is fast."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from open_unitok.cli.main import COMMANDS, command_module, main
+from open_unitok.core import devices
 from open_unitok.core.devices import current_device, set_device
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import SHIPPED_MODELS
@@ -151,3 +152,21 @@ def test_devices_that_are_not_there(monkeypatch):
         pass
     with pytest.raises(UserError, match="device is 'cuda:1', which this machine does not have"):
         set_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx512f", False),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+    ],
+)
+def test_bf16_is_fast_with_amx_and_on_amd(vendor, flags, fast, tmp_path, monkeypatch):
+    """Intel's cores without AMX take twice as long in bf16 as in fp32."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(devices, "Path", lambda path: tmp_path / "cpuinfo")
+    assert devices.fast_bf16() is fast

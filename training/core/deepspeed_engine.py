@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from open_unitok.core import distributed
-from open_unitok.core.devices import bf16_in_hardware
+from open_unitok.core.devices import fast_bf16
 from open_unitok.core.errors import UserError
 from open_unitok.core.memory import keep_freed_memory
 
@@ -277,7 +277,7 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
         "zero_optimization": {"stage": options.zero_stage},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
-            "enabled": options.dtype == "bf16" or (options.dtype == "auto" and bf16_in_hardware()),
+            "enabled": options.dtype == "bf16" or (options.dtype == "auto" and fast_bf16()),
             "dtype": "bfloat16",
         },
         "steps_per_print": 10**9,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from open_unitok.core import distributed
-from open_unitok.core.devices import bf16_in_hardware
+from open_unitok.core.devices import fast_bf16
 
 MOMENTUM = 0.95
 UPDATE_RMS = 0.2  # of an update's entries at learning rate 1, about AdamW's
@@ -131,8 +131,8 @@ def share_matrices(batches: Sequence[tuple[int, torch.Size]], world: int) -> lis
 
 @functools.cache  # the answer is in /proc/cpuinfo
 def product_dtype(device: torch.device) -> torch.dtype:
-    """bf16, or fp32 on a processor without bf16 units, where bf16 products take fifty times as long."""
-    return torch.float32 if device.type == "cpu" and not bf16_in_hardware() else torch.bfloat16
+    """bf16, or fp32 on a processor that is slower in bf16: fifty times where bf16 is emulated."""
+    return torch.float32 if device.type == "cpu" and not fast_bf16() else torch.bfloat16
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

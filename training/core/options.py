@@ -55,7 +55,7 @@ class EngineOptions:
     """How DeepSpeed runs.
 
     Attributes:
-        dtype: of autocast; "auto" is bf16 if the processor or GPU has bf16 units.
+        dtype: of autocast; "auto" is bf16 if the processor or GPU is faster in it (`fast_bf16`).
         accumulation: micro-batches per optimiser step.
         threads: of each process; 0 is torch's default.
         offload: kept in host memory: "optimizer" moments and fp32 weights (ZeRO 1 to 3), "parameters" also

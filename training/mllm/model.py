@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from open_unitok.core.devices import bf16_in_hardware
+from open_unitok.core.devices import fast_bf16
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import (
     REPLAY_FOLDER,
@@ -299,7 +299,7 @@ def choose_attention(name: str, dtype: str, decoder: Any, pack_to: int) -> str:
     """
     cuda = torch.cuda.is_available()
     available = cuda and is_flash_attn_2_available()
-    half = dtype == "bf16" or (dtype == "auto" and bf16_in_hardware())
+    half = dtype == "bf16" or (dtype == "auto" and fast_bf16())
     if name == "flash_attention_2" and not available:
         raise UserError(
             "attention: flash_attention_2 needs a CUDA GPU and the package flash-attn, and at least one of "

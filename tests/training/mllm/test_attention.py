@@ -37,7 +37,7 @@ def test_flash_attention_is_taken_in_16_bits_only(monkeypatch, cuda, installed, 
     llama = decoder("llama")
     monkeypatch.setattr(run_model.torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(run_model, "is_flash_attn_2_available", lambda: installed)
-    monkeypatch.setattr(run_model, "bf16_in_hardware", lambda: hardware)
+    monkeypatch.setattr(run_model, "fast_bf16", lambda: hardware)
     if cuda and installed and DTYPES[dtype, hardware]:
         for name in ("auto", "flash_attention_2"):
             assert choose_attention(name, dtype, llama, 512) == "flash_attention_2"
