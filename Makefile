@@ -58,8 +58,11 @@ emoji: .venv/.installed
 	$(BIN)/unitok train configs/emoji/tokenizer.yaml
 	$(BIN)/unitok extract-codes --tokenizer runs/emoji/tokenizer/model --data 'runs/emoji/data/train/*.tar' --out runs/emoji/codes
 	$(BIN)/unitok train configs/emoji/mllm.yaml
-	test runs/emoji/model -nt runs/emoji/mllm/model || { rm -rf runs/emoji/model && \
-	  $(BIN)/unitok convert bf16 runs/emoji/mllm/model runs/emoji/model --guidance 1 --temperature 0.3; }
+	$(BIN)/unitok extract-codes --tokenizer runs/emoji/tokenizer/model --data 'runs/emoji/data/train/*.tar' --ten-crop --out runs/emoji/crops
+	$(BIN)/unitok train configs/emoji/styles.yaml
+	$(BIN)/unitok train configs/emoji/decoder.yaml
+	test runs/emoji/model -nt runs/emoji/styles/model || { rm -rf runs/emoji/model && $(BIN)/unitok convert bf16 runs/emoji/styles/model \
+	  runs/emoji/model --unitok runs/emoji/decoder/model --guidance 1 --temperature 0.1; }
 	$(BIN)/unitok eval run emoji emoji_questions --model runs/emoji/model --data runs/emoji/data/train --out runs/emoji/eval/train
 	$(EMOJI_EVAL) --data runs/emoji/data/pairs --out runs/emoji/eval/pairs
 	$(EMOJI_EVAL) --data runs/emoji/data/unseen --out runs/emoji/eval/unseen

@@ -107,10 +107,11 @@ LICENCES = {
 def test_emoji_names_what_it_generates(emoji):
     """The originals are not here: a second reading of the codes stands for them."""
     names = ["octopus", "sunflower", "red apple", "snowman", "umbrella", "penguin", "cactus", "guitar"]
-    styles = ["Google", "Twitter"] * 4
-    images = emoji.generate([f"{name}, {style} style" for name, style in zip(names, styles)], seed=0)
+    names += ["hamburger", "strawberry", "bicycle", "panda face", "banana", "violin", "airplane", "frog face"]
+    pairs = [(name, style) for name in names for style in ("Google", "Twitter")]  # all 32 were trained
+    images = emoji.generate([f"{name}, {style} style" for name, style in pairs], seed=0)
     assert images[0].size == (64, 64)
-    told = emoji.answer(images, ["What is this?"] * 8, max_new_tokens=16)
-    assert sum(a == b for a, b in zip(told, names)) >= 7
-    # the prompt's style is met in two thirds of the images only
-    assert set(emoji.answer(images, ["Which style is it?"] * 8, max_new_tokens=8)) <= {"Google", "Twitter"}
+    # of all names that are trained in both styles 84 % are generated in the prompt's, of these 20 of 32
+    for k, question, least in [(0, "What is this?", 30), (1, "Which style is it?", 19)]:
+        told = emoji.answer(images, [question] * len(images), max_new_tokens=16)
+        assert sum(a == pair[k] for a, pair in zip(told, pairs)) >= least, told

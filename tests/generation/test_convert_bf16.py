@@ -11,6 +11,7 @@ from open_unitok import Pipeline, Sampling
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.generation.serving.schema import ImageRequest
+from open_unitok.tokenizer import UniTok
 
 OWN = Sampling(guidance=3.0, temperature=0.3)
 
@@ -73,6 +74,27 @@ def test_invalid_settings_in_the_folder_are_named(tmp_path, text, words):
     (tmp_path / "sampling.json").write_text(text)
     with pytest.raises(UserError, match=words):
         Sampling.from_folder(tmp_path)
+
+
+def test_another_pixel_decoder_replaces_the_models(folder, tmp_path, capsys):
+    other = UniTok.from_pretrained(folder / "unitok")
+    with torch.no_grad():
+        for weight in other.decoder.parameters():
+            weight.mul_(1.25)
+    other.save_pretrained(tmp_path / "decoder")
+    main(["convert", "bf16", str(folder), str(tmp_path / "new"), "--unitok", str(tmp_path / "decoder")])
+    assert Pipeline.from_pretrained(tmp_path / "new")
+    saved = load_file(tmp_path / "new" / "unitok" / "model.safetensors")
+    for key, tensor in load_file(tmp_path / "decoder" / "model.safetensors").items():
+        assert torch.equal(saved[key].float(), tensor.to(saved[key].dtype).float()), key
+    # other codes are refused
+    with torch.no_grad():
+        other.encoder.get_parameter(next(iter(dict(other.encoder.named_parameters())))).mul_(2)
+    other.save_pretrained(tmp_path / "codes")
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "bf16", str(folder), str(tmp_path / "bad"), "--unitok", str(tmp_path / "codes")])
+    assert stop.value.code == 2 and str(tmp_path / "codes") in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_existing_target_is_not_overwritten(rounded, capsys):

@@ -7,15 +7,20 @@ import argparse
 import dataclasses
 import shutil
 
-from open_unitok.core.files import SAMPLING_FILE, atomic_folder, write_json
+from open_unitok.core.files import SAMPLING_FILE, atomic_folder, existing, tokenizer_path, write_json
 
 from ..options import add_sampling_options, new_path, quiet_loading, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL DST and the sampling settings to save."""
+    """MODEL DST, another pixel decoder, and the sampling settings to save."""
     parser.add_argument("source", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("target", metavar="DST", help="new folder")
+    parser.add_argument(
+        "--unitok",
+        metavar="U",
+        help="visual tokenizer that replaces the model's: same codes, another pixel decoder",
+    )
     add_sampling_options(parser)
 
 
@@ -23,8 +28,9 @@ def run(args: argparse.Namespace) -> None:
     """Round and save; sampling options that are given go into the new model's sampling.json."""
     import torch
 
-    from open_unitok.generation.loading import find_model
+    from open_unitok.generation.loading import check_parts_match, find_model
     from open_unitok.generation.pipeline import Pipeline
+    from open_unitok.tokenizer import UniTok
 
     target = new_path(args.target)
     quiet_loading()
@@ -32,8 +38,13 @@ def run(args: argparse.Namespace) -> None:
     source = find_model(args.source)
     sampling = sampling_of(args, str(source))
     pipe = Pipeline.from_pretrained(source, dtype=torch.float32)
+    folder_of_unitok, unitok = source / "unitok", pipe.unitok
+    if args.unitok:
+        folder_of_unitok = existing(tokenizer_path(args.unitok))
+        unitok = UniTok.from_pretrained(folder_of_unitok)
+        check_parts_match(pipe.model, unitok, pipe.processor, folder_of_unitok)
     model = pipe.model.to(torch.bfloat16)  # pyright: ignore
-    unitok = pipe.unitok.to(torch.bfloat16)  # pyright: ignore
+    unitok = unitok.to(torch.bfloat16)  # pyright: ignore
     # the rounded tokenizer gives slightly different codes, so it has another fingerprint
     model.config.unitok_fingerprint = unitok.fingerprint()
     model.config.vocabulary_fingerprint = pipe.processor.vocabulary_fingerprint()
@@ -42,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         unitok.save_pretrained(folder / "unitok")
         pipe.processor.save_pretrained(folder)  # after unitok/, which it would copy
         # save_pretrained does not write the caption tokenizer
-        captions = source / "unitok" / "caption_tokenizer"
+        captions = folder_of_unitok / "caption_tokenizer"
         if captions.exists():
             shutil.copytree(captions, folder / "unitok" / captions.name)
         write_json(folder / SAMPLING_FILE, dataclasses.asdict(sampling))
