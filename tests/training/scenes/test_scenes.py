@@ -308,7 +308,11 @@ def test_the_shipped_models_test_split_is_frozen():
     ("file", "changes", "expected"),
     [
         ("demo", {}, "40b5d5cb0c5ce3060e5d6fcce7f1393319313e018be79e1266b08a86af6e9415"),
-        ("demo", {"ask_positions": False}, "9a0b15ef109e75c3d1f19c2a6d0fd5ac4d81e8d1ca0c206d9f844b03ebabb9b1"),
+        (
+            "demo",
+            {"ask_positions": False},
+            "9a0b15ef109e75c3d1f19c2a6d0fd5ac4d81e8d1ca0c206d9f844b03ebabb9b1",
+        ),
         ("scenes", {}, "5af4c6d2fcc9418bcd4db9e57ded0608dc4560655ba36e01691d87d42613f254"),
         ("scenes", LAST_STAGE, "587f81f186ca6f7ea4b2f89722d871fb1dc28408686972c78af52b4619eb3e47"),
     ],
