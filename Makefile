@@ -61,7 +61,7 @@ emoji: .venv/.installed
 	$(BIN)/unitok extract-codes --tokenizer runs/emoji/tokenizer/model --data 'runs/emoji/data/train/*.tar' --ten-crop --out runs/emoji/crops
 	$(BIN)/unitok train configs/emoji/styles.yaml
 	$(BIN)/unitok train configs/emoji/decoder.yaml
-	test runs/emoji/model -nt runs/emoji/styles/model || { rm -rf runs/emoji/model && $(BIN)/unitok convert bf16 runs/emoji/styles/model \
+	test runs/emoji/model -nt runs/emoji/styles/model -a runs/emoji/model -nt runs/emoji/decoder/model || { rm -rf runs/emoji/model && $(BIN)/unitok convert bf16 runs/emoji/styles/model \
 	  runs/emoji/model --unitok runs/emoji/decoder/model --guidance 1 --temperature 0.1; }
 	$(BIN)/unitok eval run emoji emoji_questions --model runs/emoji/model --data runs/emoji/data/train --out runs/emoji/eval/train
 	$(EMOJI_EVAL) --data runs/emoji/data/pairs --out runs/emoji/eval/pairs

@@ -236,4 +236,5 @@ def test_configs_without_a_base_folder_are_rejected(tmp_path):
 
 
 def test_the_demo_uses_the_default_scenes():
-    assert load_config(str(ROOT / "configs" / "demo" / "scenes.yaml")) == SceneConfig()
+    expected = SceneConfig(ask_positions=True)
+    assert load_config(str(ROOT / "configs" / "demo" / "scenes.yaml")) == expected

@@ -40,7 +40,7 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         costs = {c.name: c.cost for c in (*doctor.package_versions(), *doctor.machine(), *doctor.speed())}
     said = {
-        "free memory": "1.5 GB",
+        "free memory": "2.7 GB",
         "free disk": "0.4 GB",
         "gpu": "paper-scale training",
         "bf16": "fp32",

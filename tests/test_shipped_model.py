@@ -104,14 +104,25 @@ LICENCES = {
 }
 
 
+# fifty of the 1,384 names that are trained in both styles, chosen at random
+NAMES = (
+    "montserrat flag, open file folder, bicycle, honeybee, shaking face, ribbon, nicaragua flag, large "
+    "orange circle, racing car, man tipping hand, test tube, front-facing baby chick, sauropod, "
+    "department store, jeans, derelict house, circled ideograph congratulation, wallis & futuna flag, "
+    "heavy dollar sign, snow-capped mountain, tuvalu flag, dominica flag, ledger, clock face eight "
+    "oclock, camera, mahjong tile red dragon, pretzel, standing person, clock face five oclock, man "
+    "shrugging, part alternation mark, leopard, upside-down face, woman feeding baby, first quarter moon "
+    "symbol, squared katakana sa, person in manual wheelchair facing right, skier, hot beverage, bread, "
+    "squared cjk unified ideograph-6307, ascension island flag, cinema, negative squared latin capital "
+    "letter o, wood, western sahara flag, aerial tramway, uzbekistan flag, romania flag, malta flag"
+)
+
+
 def test_emoji_names_what_it_generates(emoji):
     """The originals are not here: a second reading of the codes stands for them."""
-    names = ["octopus", "sunflower", "red apple", "snowman", "umbrella", "penguin", "cactus", "guitar"]
-    names += ["hamburger", "strawberry", "bicycle", "panda face", "banana", "violin", "airplane", "frog face"]
-    pairs = [(name, style) for name in names for style in ("Google", "Twitter")]  # all 32 were trained
+    pairs = [(name, style) for name in NAMES.split(", ") for style in ("Google", "Twitter")]
     images = emoji.generate([f"{name}, {style} style" for name, style in pairs], seed=0)
     assert images[0].size == (64, 64)
-    # of all names that are trained in both styles 84 % are generated in the prompt's, of these 20 of 32
-    for k, question, least in [(0, "What is this?", 30), (1, "Which style is it?", 19)]:
+    for k, question, least in [(0, "What is this?", 92), (1, "Which style is it?", 73)]:
         told = emoji.answer(images, [question] * len(images), max_new_tokens=16)
         assert sum(a == pair[k] for a, pair in zip(told, pairs)) >= least, told

@@ -30,7 +30,6 @@ _HISTORY_LENGTH = 48  # images
 _SETTINGS = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
 _Images = list[tuple[Image.Image, dict[str, Any]]]  # images and the settings they were generated with
 _Pairs = list[tuple[str, str]]  # questions and answers
-_NO_ANSWER = "(empty answer)"
 _EXAMPLE_QUESTIONS = ("What is in the image?", "How many objects are there?", "Describe the image.")
 _RECONSTRUCT_HINT = hint_view(
     "The reconstruction of the image from its codes,<br>and the codes, appear here."
@@ -295,34 +294,32 @@ def _ask_tab(handler: AnswerHandler) -> None:
                 stop = gr.Button("Stop", min_width=90)
                 new = gr.Button("New conversation", min_width=160)
 
-    def run(path: Any, text: Any, messages: Any, *options: Any) -> Iterator[Any]:
+    # the browser's number of the conversation, and whose number the history has
+    number, history = gr.Number(0, visible="hidden"), gr.State((0, []))
+
+    def run(path: Any, text: Any, current: Any, earlier: Any, *options: Any) -> Iterator[Any]:
         with errors_as_toasts():
-            for pairs in handler(path, text, _pairs(messages), *options):
-                yield _messages(pairs), ""
+            for pairs in handler(path, text, earlier[1] if earlier[0] == current else [], *options):
+                yield _messages(pairs), "", (current, pairs)
 
-    inputs = [image, question, chatbot, length, temperature]
-    outputs = [chatbot, question]
-    events: Any = [trigger(run, inputs, outputs, **_MODEL_EVENT) for trigger in (send.click, question.submit)]
+    more, outputs = [number, history, length, temperature], [chatbot, question, history]
+    events: Any = [
+        trigger(run, [image, question, *more], outputs, **_MODEL_EVENT)
+        for trigger in (send.click, question.submit)
+    ]
     for chip in chips:
-        events.append(chip.click(run, [image, chip, chatbot, length, temperature], outputs, **_MODEL_EVENT))
+        events.append(chip.click(run, [image, chip, *more], outputs, **_MODEL_EVENT))
     stop.click(None, cancels=events, api_visibility="private")
-    # a new image starts a new conversation: earlier answers are about the old one. Cleared in the browser: an
-    # event of the server could end after the next question has begun, and clear that
+    # a new image starts a new conversation: earlier answers are about the old one. Cleared in the browser, since
+    # an event of the server could end after the next question has begun, and clear that
     for trigger in (new.click, image.change):
-        trigger(None, None, chatbot, js="() => [[]]", cancels=events, **_PRIVATE)
-
-
-def _pairs(messages: list[dict[str, Any]]) -> _Pairs:
-    """The inverse of `_messages`, of what gr.Chatbot returns."""
-    texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
-    answers = ("" if text == _NO_ANSWER else text for text in texts[1::2])
-    return list(zip(texts[::2], answers))
+        trigger(None, number, [chatbot, number], js="n => [[], n + 1]", cancels=events, **_PRIVATE)
 
 
 def _messages(pairs: _Pairs) -> list[dict[str, str]]:
     """Questions and answers in the format of gr.Chatbot."""
     return [
-        {"role": role, "content": text or _NO_ANSWER}
+        {"role": role, "content": text or "(empty answer)"}
         for pair in pairs
         for role, text in zip(("user", "assistant"), pair)
     ]

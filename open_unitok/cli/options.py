@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from open_unitok.generation.sampling import Sampling
 
 
+def add_decoder_option(parser: argparse.ArgumentParser) -> None:
+    """--unitok, a tokenizer in place of the model's."""
+    parser.add_argument(
+        "--unitok",
+        metavar="U",
+        help="folder of a visual tokenizer that replaces the model's: same codes, another pixel decoder",
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     """--model, --device, --dtype; --adapter, --quantization and --backend except for a tokenizer."""
     parser.add_argument(

@@ -12,7 +12,7 @@ from open_unitok.core.files import (
     tokenizer_path,
 )
 
-from ..options import new_path
+from ..options import add_decoder_option, new_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="MLLM folder that the adapter was trained on")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, e.g. runs/lora/model, or hub id")
     parser.add_argument("target", metavar="DST", help="new MLLM folder")
-    parser.add_argument(
-        "--unitok",
-        metavar="U",
-        help="visual tokenizer that replaces the base's: same codes, another pixel decoder",
-    )
+    add_decoder_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:

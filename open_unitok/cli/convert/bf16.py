@@ -7,20 +7,17 @@ import argparse
 import dataclasses
 import shutil
 
+from open_unitok.core.errors import UserError
 from open_unitok.core.files import SAMPLING_FILE, atomic_folder, existing, tokenizer_path, write_json
 
-from ..options import add_sampling_options, new_path, quiet_loading, sampling_of
+from ..options import add_decoder_option, add_sampling_options, new_path, quiet_loading, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL DST, another pixel decoder, and the sampling settings to save."""
     parser.add_argument("source", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("target", metavar="DST", help="new folder")
-    parser.add_argument(
-        "--unitok",
-        metavar="U",
-        help="visual tokenizer that replaces the model's: same codes, another pixel decoder",
-    )
+    add_decoder_option(parser)
     add_sampling_options(parser)
 
 
@@ -28,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     """Round and save; sampling options that are given go into the new model's sampling.json."""
     import torch
 
-    from open_unitok.generation.loading import check_parts_match, find_model
+    from open_unitok.generation.loading import find_model
     from open_unitok.generation.pipeline import Pipeline
     from open_unitok.tokenizer import UniTok
 
@@ -42,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     if args.unitok:
         folder_of_unitok = existing(tokenizer_path(args.unitok))
         unitok = UniTok.from_pretrained(folder_of_unitok)
-        check_parts_match(pipe.model, unitok, pipe.processor, folder_of_unitok)
+        if unitok.fingerprint() != pipe.unitok.fingerprint():
+            raise UserError(f"--unitok {args.unitok} gives other codes than the tokenizer of {source}.")
     model = pipe.model.to(torch.bfloat16)  # pyright: ignore
     unitok = unitok.to(torch.bfloat16)  # pyright: ignore
     # the rounded tokenizer gives slightly different codes, so it has another fingerprint

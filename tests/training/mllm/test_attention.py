@@ -10,7 +10,7 @@ from open_unitok.mllm.attention import VARLEN
 from open_unitok.training.mllm import model as run_model
 from open_unitok.training.mllm.model import choose_attention
 
-DTYPES = {  # engine.dtype, and bf16 in hardware -> FlashAttention has a kernel
+DTYPES = {  # engine.dtype, and whether bf16 is fast -> FlashAttention has a kernel
     ("fp32", True): False,
     ("fp32", False): False,
     ("bf16", True): True,
@@ -29,16 +29,16 @@ def decoder(family):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "installed", "dtype", "hardware"),
+    ("cuda", "installed", "dtype", "fast"),
     [(*c, *d) for c, d in itertools.product(itertools.product((True, False), repeat=2), DTYPES)],
 )
-def test_flash_attention_is_taken_in_16_bits_only(monkeypatch, cuda, installed, dtype, hardware):
+def test_flash_attention_is_taken_in_16_bits_only(monkeypatch, cuda, installed, dtype, fast):
     """FlashAttention needs a GPU, its package and bf16; `auto` falls back, the explicit name is rejected."""
     llama = decoder("llama")
     monkeypatch.setattr(run_model.torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(run_model, "is_flash_attn_2_available", lambda: installed)
-    monkeypatch.setattr(run_model, "fast_bf16", lambda: hardware)
-    if cuda and installed and DTYPES[dtype, hardware]:
+    monkeypatch.setattr(run_model, "fast_bf16", lambda: fast)
+    if cuda and installed and DTYPES[dtype, fast]:
         for name in ("auto", "flash_attention_2"):
             assert choose_attention(name, dtype, llama, 512) == "flash_attention_2"
     else:
