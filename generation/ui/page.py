@@ -310,8 +310,8 @@ def _ask_tab(handler: AnswerHandler) -> None:
     for chip in chips:
         events.append(chip.click(run, [image, chip, *more], outputs, **_MODEL_EVENT))
     stop.click(None, cancels=events, api_visibility="private")
-    # a new image starts a new conversation: earlier answers are about the old one. Cleared in the browser, since
-    # an event of the server could end after the next question has begun, and clear that
+    # a new image starts a new conversation: earlier answers are about the old one. The browser clears it: an
+    # event of the server could end after the next question has begun, and clear that
     for trigger in (new.click, image.change):
         trigger(None, number, [chatbot, number], js="n => [[], n + 1]", cancels=events, **_PRIVATE)
 
