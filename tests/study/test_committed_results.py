@@ -13,7 +13,8 @@ from open_unitok.study.page import study_page
 from open_unitok.study.table import csv_table, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = {"tokenizers": ROOT / "docs/study_results/tokenizers"}  # study -> folder with its tables
+# study -> folder with its tables
+SHOWN = {name: ROOT / "docs/study_results" / name for name in ("tokenizers", "downstream")}
 
 
 @pytest.fixture(scope="module", params=SHOWN)
@@ -53,7 +54,8 @@ def test_the_page_in_the_documentation_is_that_of_the_results():
     assert (ROOT / "docs/study_results/index.html").read_text() == study_page(studies)
 
 
-def test_the_readme_shows_the_first_columns(study):
+def test_the_readme_shows_the_first_columns():
+    study = load_study("configs/study/tokenizers.yaml")
     section = re.search(r"^## The tokenizer study$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)
     shown, whole = rows_of(section[1]), rows_of(markdown_table(study))
     sizes = rows_of(markdown_table(study).partition("### Sizes and times")[2])
